@@ -1,0 +1,1 @@
+"""ONNX plus data to INT8 ONNX."""

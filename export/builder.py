@@ -1,0 +1,117 @@
+"""A thin layer over `onnx.helper` for writing graphs node by node.
+
+Graphs are written rather than traced: every node is there because it was measured, initializers keep checkpoint
+names, and no weight is touched (initializers are external data that point into `weights.safetensors`).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from bar_edge.runtime.weights import FILE_NAME, StoredTensor
+
+OPSET = 24
+IR_VERSION = 11
+MICROSOFT = "com.microsoft"
+_TYPES = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.float16): TensorProto.FLOAT16,
+    np.dtype(np.int64): TensorProto.INT64,
+    np.dtype(np.int32): TensorProto.INT32,
+    np.dtype(np.int8): TensorProto.INT8,
+    np.dtype(np.uint8): TensorProto.UINT8,
+    np.dtype(np.bool_): TensorProto.BOOL,
+}
+Shape = Sequence[int | str]
+
+
+class GraphBuilder:
+    """Collects the nodes, initializers, inputs and outputs of one graph. Values are referred to by name."""
+
+    def __init__(self, weights: Mapping[str, StoredTensor], *, parent: "GraphBuilder | None" = None) -> None:
+        self._weights = weights
+        self._parent = parent
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: dict[str, onnx.TensorProto] = {}
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._count = 0
+        self._domains = {""}
+
+    def subgraph(self) -> "GraphBuilder":
+        """A builder for the body of a control-flow node; weights and constants go to the outermost graph."""
+        return GraphBuilder(self._weights, parent=self)
+
+    def op(self, op_type: str, *inputs: str, name: str = "", domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
+        """Add a node. Returns the name of its output, or a list of names if `outputs` > 1.
+
+        `name` names the (first) output; without it one is made from the operator and a counter.
+        """
+        first = name or self._root()._fresh(op_type)
+        results = [first] + [f"{first}.{i}" for i in range(1, outputs)]
+        self._append(helper.make_node(op_type, inputs, results, name=first, domain=domain, **attributes), domain)
+        return results[0] if outputs == 1 else results
+
+    def node(self, op_type: str, inputs: Sequence[str], outputs: Sequence[str], *, domain: str = "", **attributes: Any) -> None:
+        """Add a node whose outputs are all named by the caller; "" leaves an optional one out."""
+        name = next(output for output in outputs if output)
+        self._append(helper.make_node(op_type, inputs, outputs, name=name, domain=domain, **attributes), domain)
+
+    def weight(self, name: str) -> str:
+        """The initializer of that name in the weights file."""
+        root = self._root()
+        if name not in root._initializers:
+            place = self._weights[name]
+            tensor = TensorProto(name=name, data_type=_TYPES[place.dtype], dims=place.shape)
+            tensor.data_location = TensorProto.EXTERNAL
+            for key, value in (("location", FILE_NAME), ("offset", place.offset), ("length", place.length)):
+                tensor.external_data.add(key=key, value=str(value))
+            root._initializers[name] = tensor
+        return name
+
+    def constant(self, value: Any, dtype: Any, name: str = "") -> str:
+        """A small constant inside the graph file; equal constants are shared."""
+        root = self._root()
+        array = np.asarray(value, dtype=dtype)
+        name = name or f"const_{array.dtype.name}_{'x'.join(map(str, array.shape))}_{array.tobytes().hex()[:64]}"
+        if name not in root._initializers:
+            root._initializers[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def input(self, name: str, dtype: Any, shape: Shape, doc: str = "") -> str:
+        """Declare a graph input; strings in `shape` are symbolic dimensions."""
+        self._inputs.append(helper.make_tensor_value_info(name, _TYPES[np.dtype(dtype)], shape, doc))
+        return name
+
+    def output(self, name: str, dtype: Any, shape: Shape, doc: str = "") -> None:
+        """Declare a graph output."""
+        self._outputs.append(helper.make_tensor_value_info(name, _TYPES[np.dtype(dtype)], shape, doc))
+
+    def graph(self, name: str, doc: str = "") -> onnx.GraphProto:
+        """The finished graph."""
+        return helper.make_graph(
+            self._nodes, name, self._inputs, self._outputs, list(self._initializers.values()), doc_string=doc
+        )
+
+    def model(self, name: str, doc: str) -> onnx.ModelProto:
+        """The finished model."""
+        opsets = [helper.make_opsetid("", OPSET)]
+        if MICROSOFT in self._domains:
+            opsets.append(helper.make_opsetid(MICROSOFT, 1))
+        return helper.make_model(
+            self.graph(name, doc), opset_imports=opsets, ir_version=IR_VERSION, producer_name="bar-edge"
+        )
+
+    def _root(self) -> "GraphBuilder":
+        return self if self._parent is None else self._parent._root()
+
+    def _append(self, node: onnx.NodeProto, domain: str) -> None:
+        self._nodes.append(node)
+        self._root()._domains.add(domain)
+
+    def _fresh(self, op_type: str) -> str:
+        self._count += 1
+        return f"{op_type}_{self._count}"

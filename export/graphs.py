@@ -1,0 +1,419 @@
+"""The graphs of a bundle, written node by node from one set of functions.
+
+Canonical graphs use standard operators only (opset 24) and no sampling; other engines are compiled from them:
+
+    modulation       class ids, positions -> every block's shift, scale and gate (outside the token loop)
+    trunk            T positions and the KV cache -> latent (T = F is the prefix, T = 1 a token step)
+    mask_ratio       mask ratios of an allocation -> embeddings (once per allocation)
+    head_modulation  latent -> the head's shift, scale and gate for all S passes
+    head_pass        known bits -> logits (one pass of the masked-bit head)
+    decode           bits of an image -> pixels
+
+`step_onnxruntime` is derived from the same functions for ONNX Runtime: trunk, all S passes and the sampling in one
+graph, with that runtime's in-place attention. The passes are a Scan: the head's weights are packed once, and any
+allocation runs on the same graph.
+
+Symbolic dimensions: rows (image rows, conditional first, then unconditional if guided), images (B), T (positions in
+this call), S (passes); fixed ones: D, H, d, N, F, K, W, L as in `runtime/spec.py`.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+
+from bar_edge.export.builder import MICROSOFT, GraphBuilder
+from bar_edge.export.checkpoint import DECODER_HEADS
+from bar_edge.export.model import EPS
+from bar_edge.runtime.spec import ModelSpec
+from bar_edge.runtime.weights import StoredTensor
+
+Weights = Mapping[str, StoredTensor]
+F32, I64, I32, U8 = np.float32, np.int64, np.int32, np.uint8
+LAYER_NORM_EPS = 1e-5
+HEAD_PIECES = 3  # shift, scale, gate of a head block
+FINAL_PIECES = 2  # scale, shift in front of the output
+
+
+def build_graphs(spec: ModelSpec, weights: Weights) -> dict[str, onnx.ModelProto]:
+    """All graphs of a bundle by name."""
+    return {
+        "modulation": modulation_graph(spec, weights),
+        "trunk": trunk_graph(spec, weights),
+        "mask_ratio": mask_ratio_graph(spec, weights),
+        "head_modulation": head_modulation_graph(spec, weights),
+        "head_pass": head_pass_graph(spec, weights),
+        "decode": decode_graph(spec, weights),
+        "step_onnxruntime": step_graph(spec, weights),
+    }
+
+
+def modulation_graph(spec: ModelSpec, weights: Weights) -> onnx.ModelProto:
+    """class_id [U], positions [T] -> modulation [T, 6L, U, D] (section 2, "Modulation input" and "Block").
+
+    Rows of the second dimension: shift, scale, gate for attention, then for the MLP, layer by layer. Scales already
+    contain the 1 and the norm's weight.
+    """
+    g = GraphBuilder(weights)
+    class_id = g.input("class_id", I64, ["U"], "0..C-1, or C for the unconditional embedding")
+    positions = g.input("positions", I64, ["T"], "sequence positions, 0..F+N-1")
+    rows = g.op("Add", class_id, g.constant([3], I64))
+    embedding = g.op("Gather", g.weight("symbol_embedding"), rows)  # [U, D]
+    steps = g.op("Unsqueeze", g.op("Gather", g.weight("timesteps_embeddings"), positions), g.constant([1], I64))
+    m = g.op("Reshape", g.op("Add", steps, embedding), g.constant([-1, spec.hidden_size], I64))  # [T*U, D]
+    m = g.op("Mul", m, g.op("Sigmoid", m))
+    split = g.op(
+        "Concat",
+        g.op("Shape", positions), g.op("Shape", class_id), g.constant([6, spec.hidden_size], I64), axis=0,
+    )  # fmt: skip
+    layers = []
+    for i in range(spec.num_layers):
+        flat = _linear(g, m, f"blocks.{i}.adaLN_modulation.1")  # [T*U, 6D]
+        layers.append(g.op("Transpose", g.op("Reshape", flat, split), perm=[0, 2, 1, 3]))  # [T, 6, U, D]
+    g.op("Concat", *layers, axis=1, name="modulation")
+    g.output("modulation", F32, ["T", 6 * spec.num_layers, "U", spec.hidden_size])
+    return g.model("modulation", "adaLN of many positions in one product")
+
+
+def trunk_graph(spec: ModelSpec, weights: Weights) -> onnx.ModelProto:
+    """T new positions of every row -> latent [rows, W] of the last one, caches updated in place (section 2)."""
+    g = GraphBuilder(weights)
+    latent = _trunk(g, spec, onnxruntime=False)
+    g.op("Identity", latent, name="latent")
+    g.output("latent", F32, ["rows", spec.head_width], "conditions the next token")
+    return g.model("trunk", "prefix (T = F) and token step (T = 1) over a preallocated KV cache")
+
+
+def mask_ratio_graph(spec: ModelSpec, weights: Weights) -> onnx.ModelProto:
+    """mask_ratio [S] -> ratio_embedding [S, W] (section 3): constant for an allocation."""
+    g = GraphBuilder(weights)
+    ratio = g.input("mask_ratio", F32, ["S"], "fraction of bits still masked at each pass")
+    angle = g.op("Mul", g.op("Unsqueeze", ratio, g.constant([1], I64)), g.weight("lm_head.t_embedder.W"))
+    angle = g.op("Mul", angle, g.constant(2 * np.pi, F32))
+    x = g.op("Concat", g.op("Sin", angle), g.op("Cos", angle), axis=-1)
+    x = _linear(g, x, "lm_head.t_embedder.mlp.0")
+    _linear(g, g.op("Mul", x, g.op("Sigmoid", x)), "lm_head.t_embedder.mlp.2", name="ratio_embedding")
+    g.output("ratio_embedding", F32, ["S", spec.head_width])
+    return g.model("mask_ratio", "embedding of the mask ratios of an allocation")
+
+
+def head_modulation_graph(spec: ModelSpec, weights: Weights) -> onnx.ModelProto:
+    """latent [rows, W], ratio_embedding [S, W] -> modulation.i [S, rows, 3W] of each block, and of the output, 2W."""
+    g = GraphBuilder(weights)
+    latent = g.input("latent", F32, ["rows", spec.head_width])
+    ratio = g.input("ratio_embedding", F32, ["S", spec.head_width])
+    for i, (value, pieces) in enumerate(_head_modulation(g, spec, latent, ratio, onnxruntime=False)):
+        g.op("Identity", value, name=f"modulation.{i}")
+        g.output(f"modulation.{i}", F32, ["S", "rows", pieces * spec.head_width])
+    return g.model("head_modulation", "adaLN of the head for all passes in one product")
+
+
+def head_pass_graph(spec: ModelSpec, weights: Weights) -> onnx.ModelProto:
+    """One pass of the masked-bit head (section 3): known, bits [B, K] -> logits [rows, K, 2]."""
+    g = GraphBuilder(weights)
+    k, w = spec.bits_per_token, spec.head_width
+    known = g.input("known", np.bool_, ["images", k], "false where the bit is masked")
+    bits = g.input("bits", np.bool_, ["images", k], "ignored where not known")
+    modulation = [
+        g.input(f"modulation.{i}", F32, ["rows", pieces * w])
+        for i, pieces in enumerate([HEAD_PIECES] * spec.head_layers + [FINAL_PIECES])
+    ]
+    rows = g.op("Gather", g.op("Shape", modulation[0]), g.constant(0, I64))
+    image_of_row = _image_of_row(g, rows, g.op("Gather", g.op("Shape", known), g.constant(0, I64)))
+    logits = _head_pass(g, spec, known, g.op("And", bits, known), modulation, image_of_row, onnxruntime=False)
+    g.op("Identity", logits, name="logits")
+    g.output("logits", F32, ["rows", k, 2])
+    return g.model("head_pass", "one pass of the masked-bit head")
+
+
+def decode_graph(spec: ModelSpec, weights: Weights) -> onnx.ModelProto:
+    """bits [B, cells, token_size] of the fine grid -> image [B, 3, H, W] as it leaves conv_out (section 5)."""
+    g = GraphBuilder(weights)
+    cells, grid, p, size = spec.image_seq_len, spec.grid_size, spec.decoder_patch_size, spec.image_size
+    width = weights["decoder.class_embedding"].shape[-1]
+    head_dim = width // DECODER_HEADS
+    bits = g.input("bits", F32, ["images", cells, spec.token_size], "0 or 1, cells in raster order")
+    x = _linear(g, g.op("Reshape", bits, g.constant([-1, spec.token_size], I64)), "quantize.out_proj")
+    x = g.op("Reshape", x, g.constant([-1, cells, width], I64))
+    images = g.op("Shape", bits, start=0, end=1)
+    first_shape = g.op("Concat", images, g.constant([1, width], I64), axis=0)
+    first = g.op("Expand", g.weight("decoder.class_embedding"), first_shape)
+    x = g.op("Add", g.op("Concat", first, x, axis=1), g.weight("decoder.positional_embedding"))
+    x = g.op("Reshape", x, g.constant([-1, width], I64))  # [B*(1+cells), width]
+    x = _layer_norm(g, x, "decoder.ln_pre")
+    heads = g.constant([-1, 1 + cells, 3, DECODER_HEADS, head_dim], I64)
+    for i in range(sum(name.endswith(".attn.proj.bias") and name.startswith("decoder.") for name in weights)):
+        block = f"decoder.transformer.{i}"
+        qkv = g.op("Reshape", _linear(g, _layer_norm(g, x, f"{block}.norm1"), f"{block}.attn.qkv"), heads)
+        q, k, v = g.op("Split", g.op("Transpose", qkv, perm=[2, 0, 3, 1, 4]), axis=0, num_outputs=3, outputs=3)
+        q, k, v = (g.op("Squeeze", part, g.constant([0], I64)) for part in (q, k, v))  # [B, heads, 1+cells, d]
+        out = g.op("Transpose", g.op("Attention", q, k, v), perm=[0, 2, 1, 3])
+        out = g.op("Reshape", out, g.constant([-1, width], I64))
+        x = g.op("Add", x, _linear(g, out, f"{block}.attn.proj"))
+        hidden = g.op("Gelu", _linear(g, _layer_norm(g, x, f"{block}.norm2"), f"{block}.mlp.fc1"))
+        x = g.op("Add", x, _linear(g, hidden, f"{block}.mlp.fc2"))
+    x = g.op("Reshape", x, g.constant([-1, 1 + cells, width], I64))
+    x = g.op("Slice", x, g.constant([1], I64), g.constant([1 + cells], I64), g.constant([1], I64))
+    x = _layer_norm(g, g.op("Reshape", x, g.constant([-1, width], I64)), "decoder.ln_post")
+    x = _linear(g, x, "decoder.ffn.0")  # [B*cells, p*p*3]
+    x = g.op("Reshape", x, g.constant([-1, grid, grid, p, p, 3], I64))
+    x = g.op("Reshape", g.op("Transpose", x, perm=[0, 5, 1, 3, 2, 4]), g.constant([-1, 3, size, size], I64))
+    conv = (g.weight("decoder.conv_out.weight"), g.weight("decoder.conv_out.bias"))
+    g.op("Conv", x, *conv, kernel_shape=[3, 3], pads=[1, 1, 1, 1], name="image")
+    g.output("image", F32, ["images", 3, size, size], "RGB, about -1 to 1, not clamped")
+    return g.model("decode", "tokenizer decoder")
+
+
+def step_graph(spec: ModelSpec, weights: Weights) -> onnx.ModelProto:
+    """The fused step of ONNX Runtime: trunk, then S head passes with sampling -> drawn [B, K] (section 4)."""
+    g = GraphBuilder(weights)
+    k, w = spec.bits_per_token, spec.head_width
+    latent = _trunk(g, spec, onnxruntime=True)
+    ratio = g.input("ratio_embedding", F32, ["S", w], "output of mask_ratio for this allocation")
+    guidance = g.input("guidance", F32, [], "scale of this token; unused where rows = images")
+    temperature = g.input("temperature", F32, ["S", 1], "of each pass")
+    remask = g.input("remask_count", I64, ["S", 1], "bits left masked after each pass; 0 in the last")
+    gumbel_bits = g.input("gumbel_bits", F32, ["S", "images", k, 2])
+    gumbel_confidence = g.input("gumbel_confidence", F32, ["S", "images", k])
+    modulation = [value for value, _ in _head_modulation(g, spec, latent, ratio, onnxruntime=True)]
+    images = g.op("Gather", g.op("Shape", gumbel_bits), g.constant(1, I64))
+    rows = g.op("Gather", g.op("Shape", latent), g.constant(0, I64))
+    image_of_row = _image_of_row(g, rows, images)
+    zero, one = g.constant(0, I64), g.constant(1, I64)
+    conditional = g.op("Range", zero, images, one)
+    unconditional = g.op("Range", g.op("Sub", rows, images), rows, one)
+    masked = g.op("Expand", g.constant(True, np.bool_), g.op("Shape", gumbel_bits, start=1, end=3))
+
+    body = g.subgraph()
+    state = ["images", k]
+    masked_in, bits_in = body.input("masked_in", np.bool_, state), body.input("bits_in", np.bool_, state)
+    slices = [body.input(f"modulation_{i}", F32, ["rows", None]) for i in range(len(modulation))]  # type: ignore[list-item]
+    t, count = body.input("pass_temperature", F32, [1]), body.input("pass_remask_count", I64, [1])
+    noise, confidence_noise = body.input("noise", F32, [*state, 2]), body.input("confidence_noise", F32, state)
+    known = body.op("Not", masked_in)
+    known_ones = body.op("And", bits_in, known)
+    logits = _head_pass(body, spec, known, known_ones, slices, image_of_row, onnxruntime=True)
+    c, u = body.op("Gather", logits, conditional), body.op("Gather", logits, unconditional)
+    logits = body.op("Add", u, body.op("Mul", guidance, body.op("Sub", c, u)))  # [B, K, 2]
+    logit0, logit1 = _last_pair(body, logits)
+    noisy0, noisy1 = _last_pair(body, body.op("Add", logits, body.op("Mul", t, noise)))
+    fresh = body.op("And", masked_in, body.op("Greater", noisy1, noisy0))
+    drawn = body.op("Or", known_ones, fresh)
+    infinity = body.constant(np.inf, F32)
+    confidence = body.op("Where", masked_in, body.op("Where", drawn, logit1, logit0), infinity)
+    confidence = body.op("Add", confidence, body.op("Mul", t, confidence_noise))
+    at_least_one = body.op("Max", count, body.constant([1], I64))
+    smallest, _ = body.op("TopK", confidence, at_least_one, axis=-1, largest=0, sorted=0, outputs=2)
+    cutoff = body.op("ReduceMax", smallest, body.constant([-1], I64), keepdims=1)
+    unsure = body.op("LessOrEqual", confidence, cutoff)
+    body.op("And", unsure, body.op("Greater", count, body.constant([0], I64)), name="masked_out")
+    body.op("Identity", drawn, name="bits_out")
+    body.output("masked_out", np.bool_, state)
+    body.output("bits_out", np.bool_, state)
+    scanned = [*modulation, temperature, remask, gumbel_bits, gumbel_confidence]
+    _, final = g.op(
+        "Scan", masked, g.op("Not", masked), *scanned,
+        outputs=2, num_scan_inputs=len(scanned), body=body.graph("head_passes"),
+    )  # fmt: skip
+    g.op("Cast", final, to=onnx.TensorProto.UINT8, name="drawn")
+    g.output("drawn", U8, ["images", k], "the bits of this token")
+    g.op("Identity", latent, name="latent")
+    g.output("latent", F32, ["rows", w])
+    return g.model("step_onnxruntime", "trunk, head passes and sampling of one token for ONNX Runtime")
+
+
+def _trunk(g: GraphBuilder, spec: ModelSpec, *, onnxruntime: bool) -> str:
+    """Declare the trunk's inputs and outputs and write its nodes; returns the latent [rows, W]."""
+    d, heads, head_dim, total = spec.hidden_size, spec.num_heads, spec.head_dim, spec.prefix_length + spec.num_tokens
+    symbols = g.input("symbols", I64, ["rows", "T"], "rows of symbol_embedding: class, first position or a token")
+    bits = g.input("bits", F32, ["rows_T", spec.bits_per_token], "0 or 1; zeros at prefix positions")
+    own = g.input("positions", I64, ["rows_T"], "table row of each position: 0..F-1, or F + its grid index")
+    target = g.input("targets", I64, ["rows_T"], "table row of what it predicts: F + grid index")
+    modulation = g.input("modulation", F32, [6 * spec.num_layers, "rows_T", d], "from the modulation graph")
+    cache = _Cache(g, spec, symbols, onnxruntime=onnxruntime)
+
+    x = _linear(g, bits, "bit_embedding", bias=None, transposed=False)  # [rows*T, D]
+    embedded = g.op("Gather", g.weight("symbol_embedding"), g.op("Reshape", symbols, g.constant([-1], I64)))
+    x = g.op("Add", x, embedded)
+    x = g.op("Add", x, g.op("Gather", g.weight("pos_embed"), own))
+    x = g.op("Add", x, g.op("Gather", g.weight("target_aware_pos_embed"), target))
+
+    # queries of the first H/2 heads and all keys rotate by where they are, queries of the last H/2 by what they predict
+    both = g.op("Concat", *(g.op("Unsqueeze", rows, g.constant([1], I64)) for rows in (own, target)), axis=1)
+    which = [0] * (heads // 2) + [1] * (heads - heads // 2) + [0] * heads
+    rope_rows = g.op("Gather", both, g.constant(which, I64, "rope_source"), axis=1)  # [rows*T, 2H]
+    pieces = g.op("Split", modulation, axis=0, num_outputs=6 * spec.num_layers, outputs=6 * spec.num_layers)
+    pieces = [g.op("Squeeze", piece, g.constant([0], I64)) for piece in pieces]  # each [rows*T, D]
+    residual: str | None = None
+    for i in range(spec.num_layers):
+        block = f"blocks.{i}"
+        shift1, scale1, gate1, shift2, scale2, gate2 = pieces[6 * i : 6 * i + 6]
+        x, normed = _add_norm(g, x, residual, d, onnxruntime=onnxruntime)
+        qkv = _linear(g, g.op("Add", g.op("Mul", normed, scale1), shift1), f"{block}.attn.qkv")
+        qk, v = g.op("Split", qkv, g.constant([2 * d, d], I64), axis=1, outputs=2)
+        qk = g.op("Reshape", qk, g.constant([-1, 2, heads, head_dim], I64))
+        q, k = g.op("Split", qk, axis=1, num_outputs=2, outputs=2)
+        q = _rms_norm(g, q, g.weight(f"{block}.attn.q_norm.weight"))
+        k = _rms_norm(g, k, g.weight(f"{block}.attn.k_norm.weight"))
+        qk = g.op("Reshape", g.op("Concat", q, k, axis=1), g.constant([-1, 2 * heads, head_dim], I64))
+        qk = g.op("RotaryEmbedding", qk, g.weight("rope_cos"), g.weight("rope_sin"), rope_rows, interleaved=1, num_heads=1)
+        q, k = g.op("Split", qk, axis=1, num_outputs=2, outputs=2)  # each [rows*T, H, d]
+        out = g.op("Reshape", cache.attend(i, q, k, v), g.constant([-1, d], I64))
+        residual = g.op("Mul", gate1, _linear(g, out, f"{block}.attn.proj"))
+        x, normed = _add_norm(g, x, residual, d, onnxruntime=onnxruntime)
+        hidden = g.op("Add", g.op("Mul", normed, scale2), shift2)
+        residual = g.op("Mul", gate2, _swiglu(g, hidden, f"{block}.mlp", onnxruntime=onnxruntime))
+    x = g.op("Reshape", g.op("Add", x, residual), cache.sequence_shape)  # [rows, T, D]
+    last = g.op("Gather", x, g.constant(-1, I64), axis=1)
+    return str(_linear(g, _rms_norm(g, last, _ones(g, d)), "latent_condition_proj"))
+
+
+class _Cache:
+    """The KV cache of one graph: inputs, in-place update and attention over what is filled."""
+
+    def __init__(self, g: GraphBuilder, spec: ModelSpec, symbols: str, *, onnxruntime: bool) -> None:
+        self._g, self._spec, self._onnxruntime = g, spec, onnxruntime
+        d, head_dim = spec.hidden_size, spec.head_dim
+        shape = ["rows", spec.num_heads, spec.prefix_length + spec.num_tokens, head_dim]
+        self.sequence_shape = g.op("Concat", g.op("Shape", symbols), g.constant([d], I64), axis=0)  # rows, T, D
+        if onnxruntime:
+            self._last = g.input("last_position", I32, ["rows"], "sequence position of the last new position")
+            self._filled = g.input("filled", I32, [1], "positions in the cache after this call")
+        else:
+            self._start = g.input("start", I64, ["rows"], "sequence position of the first new position")
+            total = g.constant(spec.prefix_length + spec.num_tokens, I64)
+            zero, one = g.constant(0, I64), g.constant(1, I64)
+            length = g.op("Gather", g.op("Shape", symbols), one)
+            new = g.op("Add", g.op("Range", zero, length, one), g.op("Gather", self._start, zero))  # [T]
+            mask = g.op("LessOrEqual", g.op("Range", zero, total, one), g.op("Unsqueeze", new, g.constant([1], I64)))
+            self._mask = g.op("Unsqueeze", mask, g.constant([0, 1], I64))  # [1, 1, T, F+N]
+            self._heads_shape = g.op(
+                "Concat", g.op("Shape", symbols), g.constant([spec.num_heads, head_dim], I64), axis=0
+            )  # rows, T, H, d
+        for i in range(spec.num_layers):
+            for kind in ("k", "v"):
+                g.input(f"{kind}_cache.{i}", F32, shape)
+                g.output(f"{kind}_cache_out.{i}", F32, shape, "bind to the buffer of the input")
+
+    def attend(self, layer: int, q: str, k: str, v: str) -> str:
+        """q, k [rows*T, H, d], v [rows*T, D] -> [rows, T, D] or [rows, T, H, d]."""
+        g = self._g
+        past = (f"k_cache.{layer}", f"v_cache.{layer}")
+        present = (f"k_cache_out.{layer}", f"v_cache_out.{layer}")
+        out = f"attention.{layer}"
+        if self._onnxruntime:
+            q, k, v = (g.op("Reshape", x, self.sequence_shape) for x in (q, k, v))
+            heads = self._spec.num_heads
+            g.node(
+                "GroupQueryAttention", (q, k, v, *past, self._last, self._filled), (out, *present),
+                domain=MICROSOFT, num_heads=heads, kv_num_heads=heads,
+            )  # fmt: skip
+            return out
+        q, k, v = (
+            g.op("Transpose", g.op("Reshape", x, self._heads_shape), perm=[0, 2, 1, 3]) for x in (q, k, v)
+        )  # [rows, H, T, d]
+        for new, old, updated in zip((k, v), past, present, strict=True):
+            g.node("TensorScatter", (old, new, self._start), (updated,), axis=-2, mode="linear")
+        g.op("Transpose", g.op("Attention", q, *present, self._mask), perm=[0, 2, 1, 3], name=out)
+        return out
+
+
+def _head_modulation(
+    g: GraphBuilder, spec: ModelSpec, latent: str, ratio: str, *, onnxruntime: bool
+) -> list[tuple[str, int]]:
+    """For each head block, then the output: (modulation [S, rows, pieces*W], pieces)."""
+    w = spec.head_width
+    c = g.op("Add", g.op("Unsqueeze", ratio, g.constant([1], I64)), latent)  # [S, rows, W]
+    shape = g.op("Concat", g.op("Shape", c, start=0, end=2), g.constant([-1], I64), axis=0)
+    c = _silu(g, _silu(g, c, onnxruntime=onnxruntime), onnxruntime=onnxruntime)
+    c = g.op("Reshape", c, g.constant([-1, w], I64))
+    names = [(f"lm_head.transformer.{i}", HEAD_PIECES) for i in range(spec.head_layers)]
+    names.append(("lm_head.adaln_before_head", FINAL_PIECES))
+    return [(g.op("Reshape", _linear(g, c, f"{name}.adaLN_modulation.1"), shape), n) for name, n in names]
+
+
+def _head_pass(
+    g: GraphBuilder,
+    spec: ModelSpec,
+    known: str,
+    known_ones: str,
+    modulation: list[str],
+    image_of_row: str,
+    *,
+    onnxruntime: bool,
+) -> str:
+    """known, known_ones [B, K] bool, modulation of each block [rows, 3W] and of the output -> logits [rows, K, 2]."""
+    w = spec.head_width
+    state = g.op("Cast", g.op("Concat", known, known_ones, axis=1), to=onnx.TensorProto.FLOAT)  # [B, 2K]
+    x = _linear(g, state, "lm_head.bit_embedding", bias="lm_head.masked_embedding", transposed=False)
+    x = g.op("Gather", _rms_norm(g, x, g.weight("lm_head.ln_pre.weight")), image_of_row)  # [rows, W]
+    residual: str | None = None
+    for i in range(spec.head_layers):
+        shift, scale, gate = g.op("Split", modulation[i], axis=1, num_outputs=HEAD_PIECES, outputs=HEAD_PIECES)
+        x, normed = _add_norm(g, x, residual, w, onnxruntime=onnxruntime)
+        hidden = g.op("Add", g.op("Mul", normed, scale), shift)
+        residual = g.op("Mul", gate, _swiglu(g, hidden, f"lm_head.transformer.{i}.mlp", onnxruntime=onnxruntime))
+    scale, shift = g.op("Split", modulation[-1], axis=1, num_outputs=FINAL_PIECES, outputs=FINAL_PIECES)
+    _, normed = _add_norm(g, x, residual, w, onnxruntime=onnxruntime)
+    logits = _linear(g, g.op("Add", g.op("Mul", normed, scale), shift), "lm_head.output_embed")
+    return str(g.op("Reshape", logits, g.constant([-1, spec.bits_per_token, 2], I64)))
+
+
+def _image_of_row(g: GraphBuilder, rows: str, images: str) -> str:
+    return str(g.op("Mod", g.op("Range", g.constant(0, I64), rows, g.constant(1, I64)), images))
+
+
+def _last_pair(g: GraphBuilder, x: str) -> tuple[str, str]:
+    """[B, K, 2] -> two of [B, K]."""
+    zero, one = (g.op("Gather", x, g.constant(i, I64), axis=2) for i in (0, 1))
+    return zero, one
+
+
+def _linear(
+    g: GraphBuilder, x: str, layer: str, *, bias: str | None = "", transposed: bool = True, name: str = ""
+) -> str:
+    """x [M, in] times a weight stored [out, in] (or [in, out] if not transposed), plus its bias."""
+    inputs = [x, g.weight(f"{layer}.weight" if transposed else layer)]
+    if bias is not None:
+        inputs.append(g.weight(bias or f"{layer}.bias"))
+    return str(g.op("Gemm", *inputs, transB=int(transposed), name=name))
+
+
+def _swiglu(g: GraphBuilder, x: str, name: str, *, onnxruntime: bool) -> str:
+    x1, x2 = g.op("Split", _linear(g, x, f"{name}.w12"), axis=1, num_outputs=2, outputs=2)
+    return _linear(g, g.op("Mul", _silu(g, x1, onnxruntime=onnxruntime), x2), f"{name}.w3")
+
+
+def _silu(g: GraphBuilder, x: str, *, onnxruntime: bool) -> str:
+    if onnxruntime:
+        return str(g.op("QuickGelu", x, domain=MICROSOFT, alpha=1.0))
+    return str(g.op("Swish", x))
+
+
+def _ones(g: GraphBuilder, width: int) -> str:
+    return g.constant(np.ones(width), F32, f"ones_{width}")
+
+
+def _rms_norm(g: GraphBuilder, x: str, weight: str) -> str:
+    return str(g.op("RMSNormalization", x, weight, epsilon=EPS, axis=-1))
+
+
+def _add_norm(g: GraphBuilder, x: str, residual: str | None, width: int, *, onnxruntime: bool) -> tuple[str, str]:
+    """x + residual, and its RMS norm without weight."""
+    if residual is None:
+        return x, _rms_norm(g, x, _ones(g, width))
+    if onnxruntime:
+        normed = f"{residual}/norm"
+        total = f"{residual}/sum"
+        g.node(
+            "SkipSimplifiedLayerNormalization", (x, residual, _ones(g, width)), (normed, "", "", total),
+            domain=MICROSOFT, epsilon=EPS,
+        )  # fmt: skip
+        return total, normed
+    total = str(g.op("Add", x, residual))
+    return total, _rms_norm(g, total, _ones(g, width))
+
+
+def _layer_norm(g: GraphBuilder, x: str, name: str) -> str:
+    weights = (g.weight(f"{name}.weight"), g.weight(f"{name}.bias"))
+    return str(g.op("LayerNormalization", x, *weights, epsilon=LAYER_NORM_EPS, axis=-1))

@@ -1,0 +1,194 @@
+"""The public class: class ids and a seed in, images out.
+
+    with Generator("bar_b/") as bar:
+        images = bar.generate(class_ids=[207, 360], seed=1)  # list of PIL.Image
+
+The image index, which with the seed decides an image's noise, is its position in the request, class-major: with two
+classes and `num=2`, indices 0 and 1 are the first class. Batch size, threads and engine never change a bit beyond
+floating-point ties.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, overload
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from bar_edge.runtime import engines
+from bar_edge.runtime.bundle import Bundle
+from bar_edge.runtime.engines import Batch
+from bar_edge.runtime.errors import EngineError, RequestError
+from bar_edge.runtime.noise import NoiseSource, SeededNoise
+from bar_edge.runtime.sampling import to_fine_grid, to_uint8
+from bar_edge.runtime.spec import Recipe
+
+DEFAULT_BATCH_SIZE = 8
+Order = Literal["raster", "random"]
+Progress = Callable[[int, int, int, int], None]
+Bits = NDArray[np.uint8]
+
+
+class Generator:
+    """Draws images from a bundle. Usable from several threads: calls are carried out one after the other."""
+
+    def __init__(self, bundle: Bundle | Path | str, *, engine: str = "auto", threads: int = 0) -> None:
+        """Verify the bundle and start an engine.
+
+        Args:
+            bundle: a bundle folder, or one already opened.
+            engine: `auto` or a name; a named engine that cannot run is an error, never replaced.
+            threads: 0 for all cores.
+
+        Raises: BundleError, CompatibilityError, EngineError, RequestError.
+        """
+        if threads < 0:
+            raise RequestError(f"threads must not be negative, is {threads}")
+        name, self.engine_reason = engines.choose(engine)
+        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        self.spec = self.bundle.spec
+        self._engine: engines.Engine | None = engines.start(name, self.bundle, threads)
+        self.engine_name = name
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "Generator":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the engine."""
+        with self._lock:
+            if self._engine is not None:
+                self._engine.close()
+            self._engine = None
+
+    @overload
+    def generate(self, class_ids: Sequence[int | None], **options: Any) -> list[Image.Image]: ...
+
+    @overload
+    def generate(
+        self, class_ids: Sequence[int | None], *, return_bits: Literal[True], **options: Any
+    ) -> tuple[list[Image.Image], Bits]: ...
+
+    def generate(
+        self,
+        class_ids: Sequence[int | None],
+        *,
+        seed: int = 0,
+        num: int = 1,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        allocation: Sequence[int] | None = None,
+        order: Order = "raster",
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        progress: Progress | None = None,
+        return_bits: bool = False,
+    ) -> list[Image.Image] | tuple[list[Image.Image], Bits]:
+        """Draw `num` images of each class.
+
+        Args:
+            class_ids: 0..C-1, or None for an unconditional image.
+            seed: 0..2**64-1.
+            guidance, temperature, allocation: the bundle's recipe (the authors' for a published model) unless given.
+            order: tokens in raster order, or in a random order of each image's own.
+            batch_size: images sampled together; changes speed and memory, not images.
+            progress: called after every token with (images finished, images in all, tokens of this batch done, N).
+            return_bits: also return the bits the images were decoded from.
+
+        Returns RGB images, class-major; with `return_bits` also bits [B, image_seq_len, token_size] uint8 of the fine
+        grid. Raises RequestError for options that do not fit the model.
+        """
+        if num < 1 or batch_size < 1:
+            raise RequestError(f"num and batch_size must be at least 1, are {num} and {batch_size}")
+        if order not in ("raster", "random"):
+            raise RequestError(f"order must be raster or random, is {order!r}")
+        recipe = self.recipe(guidance, temperature, allocation)
+        ids = np.repeat(self._class_ids(class_ids), num)
+        images: list[Image.Image] = []
+        bits: Bits = np.empty((len(ids), self.spec.image_seq_len, self.spec.token_size), dtype=np.uint8)
+        for begin in range(0, len(ids), batch_size):
+            part = slice(begin, begin + batch_size)
+            indices = range(begin, begin + len(ids[part]))
+            noise = SeededNoise(seed, indices, random_order=order == "random")
+
+            def report(done: int, tokens: int, begin: int = begin) -> None:
+                if progress is not None:
+                    progress(begin, len(ids), done, tokens)
+
+            bits[part] = self.sample(ids[part], recipe, noise, report)
+            images += self.decode(bits[part])
+        return (images, bits) if return_bits else images
+
+    def sample(
+        self,
+        class_ids: NDArray[np.int64],
+        recipe: Recipe,
+        noise: NoiseSource,
+        progress: engines.TokenProgress | None = None,
+    ) -> NDArray[np.uint8]:
+        """Draw one batch with given noise (seeded or recorded).
+
+        class_ids [B], C for unconditional -> bits [B, image_seq_len, token_size] uint8 on the fine grid.
+        """
+        spec = self.spec
+        recipe.validated(spec.bits_per_token)
+        if noise.images != len(class_ids):
+            raise RequestError(f"noise for {noise.images} images, but {len(class_ids)} class ids")
+        u_bits, u_confidence = noise.uniforms(spec.num_tokens, len(recipe.allocation), spec.bits_per_token)
+        orders = noise.orders(spec.num_tokens)
+        batch = Batch(np.asarray(class_ids, dtype=np.int64), recipe, u_bits, u_confidence, orders)
+        with self._lock:
+            drawn = self._running().sample(batch, progress)  # [B, N, K] by generation step
+        raster = np.empty_like(drawn)
+        np.put_along_axis(raster, orders[:, :, None], drawn, axis=1)
+        return to_fine_grid(raster, spec)
+
+    def decode(self, bits: NDArray[np.uint8]) -> list[Image.Image]:
+        """Bits [B, image_seq_len, token_size] of the fine grid (0 or 1) -> RGB images."""
+        return [Image.fromarray(pixels) for pixels in to_uint8(self.decode_raw(bits))]
+
+    def decode_raw(self, bits: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """As `decode`, but the decoder's output [B, 3, H, W] before clamping."""
+        bits = np.asarray(bits)
+        expected = (self.spec.image_seq_len, self.spec.token_size)
+        if bits.ndim != 3 or bits.shape[1:] != expected or not np.isin(bits, (0, 1)).all():
+            raise RequestError(f"bits must be 0 or 1 of shape [B, {expected[0]}, {expected[1]}], got {list(bits.shape)}")
+        with self._lock:
+            return self._running().decode(bits)
+
+    def recipe(
+        self,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        allocation: Sequence[int] | None = None,
+    ) -> Recipe:
+        """The bundle's recipe with what is given in its place. Raises RequestError if it does not fit."""
+        recipe = self.bundle.recipe
+        if guidance is not None:
+            recipe = replace(recipe, guidance=float(guidance))
+        if temperature is not None:
+            recipe = replace(recipe, temperature=float(temperature))
+        if allocation is not None:
+            recipe = replace(recipe, allocation=tuple(int(count) for count in allocation))
+        return recipe.validated(self.spec.bits_per_token)
+
+    def _class_ids(self, class_ids: Sequence[int | None]) -> NDArray[np.int64]:
+        known = self.spec.num_classes
+        wrong = [c for c in class_ids if c is not None and not 0 <= c < known]
+        if wrong or not class_ids:
+            found = f"{wrong[0]} is not" if wrong else "none is given"
+            raise RequestError(f"class ids: {found}; this model has classes 0 to {known - 1}")
+        return np.array([known if c is None else c for c in class_ids], dtype=np.int64)
+
+    def _running(self) -> engines.Engine:
+        if self._engine is None:
+            raise EngineError("this generator is closed")
+        return self._engine
+
+

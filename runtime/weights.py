@@ -1,0 +1,118 @@
+"""`weights.safetensors`: every weight of a bundle once, mapped by the graphs and readable without any library.
+
+The layout is that of the safetensors format (https://github.com/huggingface/safetensors, README): an 8-byte length, a
+JSON header of names, dtypes, shapes and offsets, then the data without holes. Written here as a stream, so that a
+model is never in memory twice; large tensors come first and the header is padded, so they start on 64-byte boundaries.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bar_edge.runtime.errors import BundleError
+
+FILE_NAME = "weights.safetensors"
+ALIGNMENT = 64
+_MAX_HEADER = 64 * 2**20
+_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies: byte offset from the start of the file."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def length(self) -> int:
+        """Bytes."""
+        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class PendingTensor:
+    """A tensor to be written: its dtype and shape are known before `make` computes it."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    make: Callable[[], NDArray[Any]]
+
+
+def lay_out(tensors: Mapping[str, PendingTensor]) -> tuple[bytes, dict[str, StoredTensor]]:
+    """The file's header and the place of every tensor, in file order."""
+
+    def size(name: str) -> int:
+        return tensors[name].dtype.itemsize * int(np.prod(tensors[name].shape, dtype=np.int64))
+
+    names = sorted(tensors, key=lambda name: (size(name) % ALIGNMENT != 0, -tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {}
+    position = 0
+    for name in names:
+        pending = tensors[name]
+        end = position + size(name)
+        header[name] = {
+            "dtype": _CODES[pending.dtype],
+            "shape": list(pending.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    start = 8 + len(text)
+    places = {
+        name: StoredTensor(tensors[name].dtype, tensors[name].shape, start + header[name]["data_offsets"][0])
+        for name in names
+    }
+    return struct.pack("<Q", len(text)) + text, places
+
+
+def write(
+    file: BinaryIO, header: bytes, places: Iterable[str], tensors: Mapping[str, PendingTensor]
+) -> Iterable[tuple[str, int]]:
+    """Write the file tensor by tensor; yields each name and its size in bytes once it is written."""
+    file.write(header)
+    for name in places:
+        pending = tensors[name]
+        array = np.ascontiguousarray(pending.make(), dtype=pending.dtype)
+        if array.shape != pending.shape:
+            raise AssertionError(f"{name}: planned {pending.shape}, made {array.shape}")
+        file.write(memoryview(array).cast("B"))
+        yield name, array.nbytes
+
+
+def read_places(path: Path) -> dict[str, StoredTensor]:
+    """Read the header of a safetensors file and check that it describes the file exactly. Raises BundleError."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(_MAX_HEADER, size - 8):
+            raise BundleError(f"{path}: not a safetensors file (header of {length} bytes in a file of {size})")
+        try:
+            header = json.loads(file.read(length))
+            places = {
+                name: StoredTensor(
+                    _DTYPES[entry["dtype"]], tuple(map(int, entry["shape"])), 8 + length + int(entry["data_offsets"][0])
+                )
+                for name, entry in header.items()
+                if name != "__metadata__"
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise BundleError(f"{path}: its safetensors header is malformed ({error!r})") from error
+    expected = 8 + length
+    for name, place in sorted(places.items(), key=lambda item: item[1].offset):
+        if place.offset != expected or any(n < 0 for n in place.shape):
+            raise BundleError(f"{path}: tensor {name} does not follow its neighbour; the file was tampered with")
+        expected += place.length
+    if expected != size:
+        raise BundleError(f"{path}: its header describes {expected} bytes, the file has {size}")
+    return places
