@@ -10,7 +10,7 @@ from bar_edge.runtime.errors import (
     EngineError,
     RequestError,
 )
-from bar_edge.runtime.generator import Generator
+from bar_edge.runtime.generator import Drawn, Generator
 from bar_edge.runtime.spec import ModelSpec, Recipe
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "CompatibilityError",
+    "Drawn",
     "EngineError",
     "Generator",
     "ModelSpec",

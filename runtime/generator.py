@@ -9,11 +9,11 @@ floating-point ties.
 """
 
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,16 @@ DEFAULT_BATCH_SIZE = 8
 Order = Literal["raster", "random"]
 Progress = Callable[[int, int, int, int], None]
 Bits = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One image: its index in the request, class id (None: unconditional), pixels, and bits [image_seq_len, token_size]."""
+
+    index: int
+    class_id: int | None
+    image: Image.Image
+    bits: Bits
 
 
 class Generator:
@@ -68,15 +78,7 @@ class Generator:
                 self._engine.close()
             self._engine = None
 
-    @overload
-    def generate(self, class_ids: Sequence[int | None], **options: Any) -> list[Image.Image]: ...
-
-    @overload
-    def generate(
-        self, class_ids: Sequence[int | None], *, return_bits: Literal[True], **options: Any
-    ) -> tuple[list[Image.Image], Bits]: ...
-
-    def generate(
+    def stream(
         self,
         class_ids: Sequence[int | None],
         *,
@@ -88,9 +90,8 @@ class Generator:
         order: Order = "raster",
         batch_size: int = DEFAULT_BATCH_SIZE,
         progress: Progress | None = None,
-        return_bits: bool = False,
-    ) -> list[Image.Image] | tuple[list[Image.Image], Bits]:
-        """Draw `num` images of each class.
+    ) -> Iterator[Drawn]:
+        """Draw `num` images of each class, class-major, giving each as soon as its batch is decoded.
 
         Args:
             class_ids: 0..C-1, or None for an unconditional image.
@@ -99,10 +100,8 @@ class Generator:
             order: tokens in raster order, or in a random order of each image's own.
             batch_size: images sampled together; changes speed and memory, not images.
             progress: called after every token with (images finished, images in all, tokens of this batch done, N).
-            return_bits: also return the bits the images were decoded from.
 
-        Returns RGB images, class-major; with `return_bits` also bits [B, image_seq_len, token_size] uint8 of the fine
-        grid. Raises RequestError for options that do not fit the model.
+        Raises RequestError, before anything is drawn, for options that do not fit the model.
         """
         if num < 1 or batch_size < 1:
             raise RequestError(f"num and batch_size must be at least 1, are {num} and {batch_size}")
@@ -110,20 +109,35 @@ class Generator:
             raise RequestError(f"order must be raster or random, is {order!r}")
         recipe = self.recipe(guidance, temperature, allocation)
         ids = np.repeat(self._class_ids(class_ids), num)
-        images: list[Image.Image] = []
-        bits: Bits = np.empty((len(ids), self.spec.image_seq_len, self.spec.token_size), dtype=np.uint8)
+        SeededNoise(seed, ())  # refuses a seed out of range
+        return self._batches(ids, recipe, seed, order == "random", batch_size, progress)
+
+    def generate(
+        self, class_ids: Sequence[int | None], *, return_bits: bool = False, **options: Any
+    ) -> list[Image.Image] | tuple[list[Image.Image], Bits]:
+        """All images of `stream`, which see for the options; with `return_bits` also their bits.
+
+        Returns RGB images, class-major; bits are [B, image_seq_len, token_size] uint8 of the fine grid.
+        """
+        drawn = list(self.stream(class_ids, **options))
+        images = [one.image for one in drawn]
+        return (images, np.stack([one.bits for one in drawn])) if return_bits else images
+
+    def _batches(
+        self, ids: NDArray[np.int64], recipe: Recipe, seed: int, random: bool, batch_size: int, progress: Progress | None
+    ) -> Iterator[Drawn]:
         for begin in range(0, len(ids), batch_size):
-            part = slice(begin, begin + batch_size)
-            indices = range(begin, begin + len(ids[part]))
-            noise = SeededNoise(seed, indices, random_order=order == "random")
+            part = ids[begin : begin + batch_size]
+            noise = SeededNoise(seed, range(begin, begin + len(part)), random_order=random)
 
             def report(done: int, tokens: int, begin: int = begin) -> None:
                 if progress is not None:
                     progress(begin, len(ids), done, tokens)
 
-            bits[part] = self.sample(ids[part], recipe, noise, report)
-            images += self.decode(bits[part])
-        return (images, bits) if return_bits else images
+            bits = self.sample(part, recipe, noise, report)
+            for i, image in enumerate(self.decode(bits)):
+                class_id = int(part[i])
+                yield Drawn(begin + i, None if class_id == self.spec.num_classes else class_id, image, bits[i])
 
     def sample(
         self,
@@ -148,6 +162,11 @@ class Generator:
         raster = np.empty_like(drawn)
         np.put_along_axis(raster, orders[:, :, None], drawn, axis=1)
         return to_fine_grid(raster, spec)
+
+    def last_latents(self) -> NDArray[np.float32]:
+        """Latents [rows, W] that conditioned the last token drawn, conditional rows first; for self-tests."""
+        with self._lock:
+            return self._running().last_latents()
 
     def decode(self, bits: NDArray[np.uint8]) -> list[Image.Image]:
         """Bits [B, image_seq_len, token_size] of the fine grid (0 or 1) -> RGB images."""

@@ -37,6 +37,9 @@ class Engine(Protocol):
     def sample(self, batch: Batch, progress: TokenProgress | None = None) -> NDArray[np.uint8]:
         """Bits [B, N, K] by generation step."""
 
+    def last_latents(self) -> NDArray[np.float32]:
+        """Latents [rows, W] that conditioned the last token drawn, conditional rows first."""
+
     def decode(self, bits: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Bits of the fine grid [B, cells, token_size] -> [B, 3, H, W] as the decoder leaves it."""
 

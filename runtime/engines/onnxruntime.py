@@ -104,8 +104,7 @@ class OnnxRuntimeEngine:
                 progress(n + 1, tokens)
         return drawn
 
-    def latents(self) -> Floats:
-        """Latents [rows, W] of the last step that ran, conditional rows first."""
+    def last_latents(self) -> Floats:
         if self._step is None:
             raise EngineError("no token was sampled yet")
         return self._step.latent.copy()

@@ -1,1 +1,0 @@
-"""ONNX plus data to INT8 ONNX."""

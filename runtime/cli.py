@@ -1,0 +1,343 @@
+"""The command `bar-edge`. A verb imports what it needs when it runs, and says which extra is missing.
+
+Exit codes: 0 done; 1 a check ran and failed; 2 a mistake that one sentence explains (`--debug` shows where).
+"""
+
+import json
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bar_edge.runtime.errors import BarEdgeError, RequestError
+
+app = typer.Typer(
+    help="Run trained BAR image generators without PyTorch: export, generate, verify.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+EngineName = Annotated[str, typer.Option("--engine", help="auto, or an engine's name, which then is never replaced.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 for all cores.")]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,
+) -> None:
+    """Options of every verb."""
+
+
+@app.command()
+def export(
+    generator: Annotated[Path, typer.Argument(help="The generator: .bin, .pt or .safetensors.")],
+    tokenizer: Annotated[Path, typer.Option("--tokenizer", help="The tokenizer it was trained with.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Bundle folder to make.")],
+    config: Annotated[Path | None, typer.Option("--config", help="The authors' YAML; optional for published variants.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value over the YAML.")] = None,
+    force: Force = False,
+) -> None:
+    """Export a checkpoint to an fp32 ONNX bundle, proven against the reference model.
+
+    Example: bar-edge export bar_b.bin --config bar_b.yaml --tokenizer bar_fsq_16bits_ft.bin -o bar_b/
+    """
+    exporter = _need("bar_edge.export.exporter", "export")
+    with _progress() as bar:
+        bundle = exporter.export_bundle(
+            generator, tokenizer, config, output, overrides=overrides or (), force=force, progress=bar
+        )
+    recipe = bundle.recipe
+    out.print(
+        f"{output}: {bundle.variant or 'no published variant'}, {bundle.spec.image_size}x{bundle.spec.image_size}; "
+        f"samples with guidance {recipe.guidance:g}, temperature {recipe.temperature:g}, "
+        f"allocation {','.join(map(str, recipe.allocation))}; "
+        f"{len(bundle.graphs)} graphs, self-test drawn and repeated by the reference model"
+    )
+
+
+@app.command()
+def generate(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the PNGs and the contact sheet.")],
+    classes: Annotated[list[str] | None, typer.Option("--class", help="Class number or, for 1000 classes, ImageNet name; repeat.")] = None,
+    unconditional: Annotated[bool, typer.Option("--unconditional", help="Images of no class.")] = False,
+    num: Annotated[int, typer.Option(min=1, help="Images per class.")] = 1,
+    seed: Annotated[int, typer.Option(help="0 to 2**64-1; with the image's index it decides every bit.")] = 0,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; up to 1 turns guidance off.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    allocation: Annotated[str | None, typer.Option(help="Bits unmasked per head pass, as 2,2,5,7.")] = None,
+    order: Annotated[str, typer.Option(help="raster or random.")] = "raster",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images drawn together.")] = 8,
+    threads: Threads = 0,
+    engine: EngineName = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder that has files already.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw images: one PNG each, with its settings inside, and a labelled contact sheet.
+
+    Example: bar-edge generate bar_b/ --class 207 --class "red panda" --num 4 --seed 1 -o out/
+    """
+    from bar_edge.runtime.classes import class_name, parse_class
+    from bar_edge.runtime.generator import Generator
+    from bar_edge.runtime.pictures import columns_for, contact_sheet, save_png
+
+    if bool(classes) == unconditional:
+        raise RequestError("give --class (several times if you like) or --unconditional, one of the two")
+    if output.exists() and not output.is_dir():
+        raise RequestError(f"{output}: is a file; choose a folder")
+    if output.is_dir() and any(output.iterdir()) and not force:
+        raise RequestError(f"{output}: has files already; choose an empty folder, or pass --force to write into it")
+    with _progress() as bar:
+        verified = _open(bundle, bar)
+        spec = verified.spec
+        ids = [parse_class(text, spec) for text in classes or ()] or [None]
+        with Generator(verified, engine=engine, threads=threads) as bar_generator:
+            recipe = bar_generator.recipe(guidance, temperature, _allocation(allocation))
+            settings = {
+                "bundle": verified.digest, "variant": verified.variant, "engine": bar_generator.engine_name,
+                "bar-edge": metadata.version("bar-edge"), "seed": seed, "order": order, "guidance": recipe.guidance,
+                "temperature": recipe.temperature, "allocation": list(recipe.allocation),
+            }  # fmt: skip
+            stream = bar_generator.stream(
+                ids, seed=seed, num=num, guidance=recipe.guidance, temperature=recipe.temperature,
+                allocation=recipe.allocation, order=order, batch_size=batch_size,  # type: ignore[arg-type]
+                progress=lambda finished, images, done, tokens: bar(
+                    f"images {finished + 1}-{min(finished + batch_size, images)} of {images}, tokens", done, tokens
+                ),
+            )  # fmt: skip
+            output.mkdir(parents=True, exist_ok=True)
+            images, labels, files = [], [], []
+            for drawn in stream:
+                name = class_name(drawn.class_id, spec)
+                file = output / f"{drawn.index:05d}.png"
+                save_png(drawn.image, file, {**settings, "class_id": drawn.class_id, "class": name, "index": drawn.index})
+                images.append(drawn.image)
+                labels.append(name if name == str(drawn.class_id) or drawn.class_id is None else f"{drawn.class_id} {name}")
+                files.append(str(file))
+    sheet = output / "sheet.png"
+    save_png(contact_sheet(images, labels, columns_for(len(images), num)), sheet, settings)
+    if as_json:
+        print(json.dumps({"images": files, "sheet": str(sheet), "settings": settings}))
+        return
+    out.print(f"engine {bar_generator.engine_name} ({bar_generator.engine_reason})")
+    out.print(f"{len(files)} images in {output}, contact sheet {sheet}")
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, an ONNX file or a bundle folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what a file or bundle is: variant, shapes, sizes, bytes read per token, precision, provenance.
+
+    Example: bar-edge inspect bar_b/
+    """
+    if path.is_dir():
+        from bar_edge.runtime.inspection import describe_bundle
+
+        with _progress() as bar:
+            facts = describe_bundle(_open(path, bar))
+    elif not path.exists():
+        raise RequestError(f"{path}: no such file or folder")
+    else:
+        facts = _need("bar_edge.export.inspection", "export").describe_file(path)
+    _show(facts, as_json)
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    against: Annotated[Path | None, typer.Option("--against", help="The checkpoint it was exported from.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="The checkpoint's tokenizer.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="The checkpoint's YAML.")] = None,
+    num: Annotated[int, typer.Option(min=1, help="Images to compare with the checkpoint.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of those images.")] = 0,
+    threads: Threads = 0,
+    engine: EngineName = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Prove a bundle on this machine: its self-test, and with --against every decision beside the checkpoint.
+
+    Example: bar-edge verify bar_b/ --against bar_b.bin --tokenizer bar_fsq_16bits_ft.bin
+    """
+    from bar_edge.runtime import selftest
+    from bar_edge.runtime.generator import Generator
+
+    if (against is None) != (tokenizer is None):
+        raise RequestError("--against and --tokenizer go together: give both or neither")
+    with _progress() as bar, Generator(_open(bundle, bar), engine=engine, threads=threads) as runtime:
+        tested = selftest.run(runtime)
+        facts: dict[str, Any] = {"selftest": tested.to_dict()}
+        passed = tested.passed
+        if against is not None and tokenizer is not None:
+            checkpoint = _need("bar_edge.export.checkpoint", "export").load_checkpoint(against, tokenizer, config)
+            if checkpoint.spec != runtime.spec:
+                raise RequestError(f"{against} is not the checkpoint of {bundle}: their shapes differ")
+            comparison = _need("bar_edge.export.verification", "export").compare(
+                runtime, checkpoint, images=num, seed=seed
+            )
+            facts["against_checkpoint"] = comparison.to_dict()
+            passed = passed and comparison.passed
+    _show({"passed": passed, **facts}, as_json)
+    if not passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say which engines and extras work on this machine, and what to install for the others.
+
+    Example: bar-edge doctor
+    """
+    from bar_edge.runtime import engines
+
+    facts: dict[str, Any] = {
+        "bar-edge": metadata.version("bar-edge"),
+        "python": sys.version.split()[0],
+        "engines": {
+            state.name: {"usable": state.usable, "detail": state.detail} for state in map(engines.status, engines.NAMES)
+        },
+        "extras": {name: _extra_state(modules) for name, modules in _EXTRAS.items()},
+    }
+    _show(facts, as_json)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for everything the demo makes.")] = Path("demo-output"),
+    force: Force = False,
+) -> None:
+    """Export, draw, verify and time the small trained model that ships with bar-edge.
+
+    Example: bar-edge demo -o demo-output
+    """
+    runner = _need("bar_edge.export.demo", "export")
+    runner.run(output, force=force, console=out, progress=_progress)
+
+
+_EXTRAS = {"export": ("torch", "onnx", "safetensors", "yaml")}
+
+
+def main() -> None:
+    """Run the command; a BarEdgeError becomes one line and exit code 2."""
+    try:
+        app()
+    except BarEdgeError as error:
+        if "--debug" in sys.argv:
+            raise
+        err.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
+        err.print(str(error), markup=False, highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("interrupted; nothing half-written was left behind")
+        sys.exit(130)
+
+
+class _Bar:
+    """One progress line that changes its description; silent where stderr is not a terminal."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal,
+        )  # fmt: skip
+        self._task = self._progress.add_task("", total=None)
+        self._what = ""
+
+    def __enter__(self) -> "_Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what != self._what:
+            self._progress.reset(self._task, description=what, total=total)
+            self._what = what
+        self._progress.update(self._task, completed=done, total=total)
+
+
+def _progress() -> _Bar:
+    return _Bar()
+
+
+def _open(path: Path, bar: _Bar) -> Any:
+    from bar_edge.runtime.bundle import Bundle
+
+    return Bundle.open(path, bar)
+
+
+def _need(module: str, extra: str) -> ModuleType:
+    """Import a module of an optional part, or say what to install."""
+    from importlib import import_module
+
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0] == "bar_edge":
+            raise
+        raise RequestError(f"this needs {error.name}; pip install 'bar-edge[{extra}]'") from error
+
+
+def _extra_state(modules: tuple[str, ...]) -> str:
+    from importlib.util import find_spec
+
+    missing = [name for name in modules if find_spec(name) is None]
+    return f"missing {', '.join(missing)}" if missing else "installed"
+
+
+def _allocation(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise RequestError(f"allocation {text!r} is not a list of numbers like 2,2,5,7") from error
+
+
+def _show(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in facts.items():
+        _rows(table, key.replace("_", " "), value)
+    out.print(table)
+
+
+def _rows(table: Table, key: str, value: Any) -> None:
+    if isinstance(value, dict) and value:
+        for i, (name, inner) in enumerate(value.items()):
+            shown = ", ".join(f"{k} {v}" for k, v in inner.items()) if isinstance(inner, dict) else _text(name, inner)
+            table.add_row(key if i == 0 else "", f"{name}: {shown}")
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        for i, entry in enumerate(value):
+            table.add_row(key if i == 0 else "", ", ".join(f"{k} {v}" for k, v in entry.items()))
+    else:
+        table.add_row(key, _text(key, value))
+
+
+def _text(key: str, value: Any) -> str:
+    if "bytes" in key and isinstance(value, int):
+        return f"{value:,} ({value / 2**20:,.1f} MiB)"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)

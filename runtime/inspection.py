@@ -1,0 +1,49 @@
+"""What a bundle is, in facts: sizes, precision, and the bytes that decide its speed."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from bar_edge.runtime import weights
+from bar_edge.runtime.bundle import Bundle
+from bar_edge.runtime.spec import VARIANTS
+from bar_edge.runtime.weights import StoredTensor
+
+# what is read once per token, once per head pass, once per image (spec section 6); tables are read by the row
+_PER_TOKEN = re.compile(r"blocks\.\d+\.(attn|mlp)\.|latent_condition_proj\.|lm_head\..*adaLN_modulation\.")
+_PER_PASS = re.compile(r"lm_head\.(transformer\.\d+\.mlp|output_embed|bit_embedding)")
+_PER_IMAGE = re.compile(r"blocks\.\d+\.adaLN_modulation\.|decoder\.|quantize\.")
+
+
+def bytes_per_token(places: Mapping[str, StoredTensor], passes: int) -> int:
+    """Weight bytes read for one token with S head passes."""
+    once = sum(place.length for name, place in places.items() if _PER_TOKEN.match(name))
+    each = sum(place.length for name, place in places.items() if _PER_PASS.match(name))
+    return once + passes * each
+
+
+def describe_bundle(bundle: Bundle) -> dict[str, Any]:
+    """JSON-ready facts of a verified bundle."""
+    places = weights.read_places(bundle.path / weights.FILE_NAME)
+    spec = bundle.spec
+    total = spec.prefix_length + spec.num_tokens
+    dtypes = sorted({str(place.dtype) for place in places.values()})
+    return {
+        "kind": "bundle",
+        "variant": bundle.variant,
+        "published_parameters": VARIANTS[bundle.variant].parameters if bundle.variant in VARIANTS else None,
+        "model": spec.to_dict(),
+        "image": f"{spec.image_size}x{spec.image_size}, {spec.num_tokens} tokens of {spec.bits_per_token} bits",
+        "recipe": asdict(bundle.recipe),
+        "graphs": {
+            name: {**entry, "bytes": bundle.file_bytes(entry["file"])}
+            for name, entry in bundle.manifest["graphs"].items()
+        },
+        "weights": {"tensors": len(places), "bytes": sum(p.length for p in places.values()), "dtypes": dtypes},
+        "bytes_read_per_token": bytes_per_token(places, len(bundle.recipe.allocation)),
+        "bytes_read_per_image_once": sum(p.length for name, p in places.items() if _PER_IMAGE.match(name)),
+        "kv_cache_bytes_per_row_fp32": 2 * spec.num_layers * total * spec.hidden_size * 4,
+        "provenance": bundle.manifest["provenance"],
+        "digest": bundle.digest,
+    }

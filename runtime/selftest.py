@@ -1,0 +1,96 @@
+"""`selftest.npz`: what the reference model drew at export, so that a device can prove itself without it.
+
+Contents (no pickles): seed, class_id, bits packed, latent [W] of the last token's conditional row, image [H, W, 3]
+uint8. The sampling settings are the bundle's recipe in raster order.
+"""
+
+import io
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bar_edge.runtime.bundle import SELFTEST
+from bar_edge.runtime.errors import BundleError
+from bar_edge.runtime.generator import Generator
+from bar_edge.runtime.noise import SeededNoise
+from bar_edge.runtime.sampling import to_uint8
+
+PIXEL_TOLERANCE = 1  # levels: truncation to uint8 may fall either way
+LATENT_TOLERANCE = 1e-3  # of the largest value, fp32
+
+
+@dataclass(frozen=True)
+class Record:
+    """The recorded image."""
+
+    seed: int
+    image_index: int
+    class_id: int
+    bits: NDArray[np.uint8]  # [image_seq_len, token_size]
+    latent: NDArray[np.float32]  # [W]
+    image: NDArray[np.uint8]  # [H, W, 3]
+
+    def save(self, path: Path) -> None:
+        """Write the record."""
+        np.savez_compressed(
+            path, seed=np.uint64(self.seed), image_index=np.int64(self.image_index), class_id=np.int64(self.class_id),
+            bits=np.packbits(self.bits), latent=self.latent, image=self.image,
+        )  # fmt: skip
+
+    @classmethod
+    def load(cls, path: Path, shape: tuple[int, int]) -> "Record":
+        """Read a record whose bits have the given shape. Raises BundleError."""
+        try:
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
+                bits = np.unpackbits(stored["bits"], count=shape[0] * shape[1]).reshape(shape)
+                numbers = (int(stored[name]) for name in ("seed", "image_index", "class_id"))
+                return cls(*numbers, bits, stored["latent"], stored["image"])
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise BundleError(f"{path}: not a readable self-test ({error}); export the bundle again") from error
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """What this machine drew beside what was recorded."""
+
+    engine: str
+    passed: bool
+    differing_bits: int
+    total_bits: int
+    first_differing_token: int | None
+    latent_error: float  # largest difference as a fraction of the largest recorded value
+    pixel_error: int  # largest difference in levels, decoding the recorded bits
+    sentence: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def run(generator: Generator) -> SelfTest:
+    """Draw and decode the recorded image on the generator's engine and compare."""
+    spec = generator.spec
+    record = Record.load(generator.bundle.path / SELFTEST, (spec.image_seq_len, spec.token_size))
+    noise = SeededNoise(record.seed, [record.image_index])
+    bits = generator.sample(np.array([record.class_id]), generator.bundle.recipe, noise)[0]
+    latent = generator.last_latents()[0]
+    pixels = to_uint8(generator.decode_raw(record.bits[None]))[0]
+    pixel_error = int(np.abs(pixels.astype(int) - record.image).max())
+    latent_error = float(np.abs(latent - record.latent).max() / np.abs(record.latent).max())
+    wrong = bits != record.bits
+    first = int(np.flatnonzero(wrong.any(axis=1))[0]) if wrong.any() else None
+    failures = []
+    if first is not None:
+        failures.append(f"{int(wrong.sum())} of {wrong.size} bits differ, the first in grid cell {first}")
+    if latent_error > LATENT_TOLERANCE:
+        failures.append(f"latents differ by {latent_error:.1e} of their size, {LATENT_TOLERANCE:.0e} is allowed")
+    if pixel_error > PIXEL_TOLERANCE:
+        failures.append(f"pixels differ by {pixel_error} levels, {PIXEL_TOLERANCE} is allowed")
+    sentence = "; ".join(failures) or f"all {wrong.size} bits equal, pixels within {pixel_error} level"
+    return SelfTest(
+        generator.engine_name, not failures, int(wrong.sum()), wrong.size, first, latent_error, pixel_error, sentence
+    )
