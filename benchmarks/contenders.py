@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-
 from bar_edge.benchmarks.measure import Samples
 from bar_edge.runtime.generator import Generator
 from bar_edge.runtime.noise import SeededNoise
@@ -14,7 +13,7 @@ from bar_edge.runtime.noise import SeededNoise
 _SEED = 3
 
 
-class _Enough(Exception):
+class _EnoughError(Exception):
     """Raised by the progress callback to end an image after the tokens that are timed."""
 
 
@@ -23,7 +22,6 @@ def pytorch(
 ) -> Callable[[], Samples]:
     """The reference model in eager PyTorch. `tokens` 0 draws and decodes whole images."""
     import torch
-
     from bar_edge.export.checkpoint import load_checkpoint
     from bar_edge.export.model import build_decoder, build_generator, generate_bits
     from bar_edge.runtime.sampling import to_fine_grid, to_uint8
@@ -36,7 +34,9 @@ def pytorch(
     noise = SeededNoise(_SEED, range(batch))
 
     def sample(progress: Callable[[int, int], None]) -> np.ndarray:
-        return to_fine_grid(generate_bits(model, class_ids, checkpoint.recipe, noise, progress).numpy(), checkpoint.spec)
+        return to_fine_grid(
+            generate_bits(model, class_ids, checkpoint.recipe, noise, progress).numpy(), checkpoint.spec
+        )
 
     def decode(bits: np.ndarray) -> None:
         with torch.inference_mode():
@@ -78,11 +78,11 @@ def _timed(
         def progress(done: int, total: int) -> None:
             stamps.append(time.perf_counter())
             if done == tokens and done < total:
-                raise _Enough
+                raise _EnoughError
 
         try:
             bits = sample(progress)
-        except _Enough:
+        except _EnoughError:
             return {"token": np.diff(stamps).tolist(), "first_token": [stamps[0] - begin]}
         sampled = time.perf_counter()
         decode(bits)

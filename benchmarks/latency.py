@@ -10,20 +10,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-
 from bar_edge.benchmarks.measure import Contender, Report, measure, median, save
 from bar_edge.runtime import weights
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines.onnxruntime import cpu_count
 from bar_edge.runtime.inspection import bytes_per_token
+from rich.console import Console
+from rich.table import Table
 
 BASELINE, RUNTIME, MEMORY = "pytorch float32", "onnxruntime", "memory"
 
 
 def compare(
-    checkpoint: dict[str, str | None], bundle: Path, *, batch: int, tokens: int, rounds: int, threads: int, progress: Any
+    checkpoint: dict[str, str | None],
+    bundle: Path,
+    *,
+    batch: int,
+    tokens: int,
+    rounds: int,
+    threads: int,
+    progress: Any,
 ) -> Report:
     """Measure the reference and the runtime; adds the derived figures under `summary`."""
     common = {"batch": batch, "tokens": tokens, "threads": threads}
@@ -33,7 +39,12 @@ def compare(
                   {"bundle": str(bundle), "engine": "onnxruntime", **common}),
         Contender(MEMORY, "bar_edge.benchmarks.contenders:memory", {"threads": threads}),
     ]  # fmt: skip
-    report = measure(contenders, rounds=rounds, command=" ".join(["python -m bar_edge.benchmarks.latency", *sys.argv[1:]]), progress=progress)
+    report = measure(
+        contenders,
+        rounds=rounds,
+        command=" ".join(["python -m bar_edge.benchmarks.latency", *sys.argv[1:]]),
+        progress=progress,
+    )
     opened = Bundle.open(bundle)
     spec = opened.spec
     read = bytes_per_token(weights.read_places(bundle / weights.FILE_NAME), len(opened.recipe.allocation))
@@ -72,7 +83,9 @@ def table(report: Report) -> Table:
         stages = {stage: figures["median"] for stage, figures in entry["stages"].items()}
         cells = [f"{stages[s] * 1e3:.2f}" if s in stages else "-" for s in ("token", "first_token", "decode")]
         image = f"{stages['image']:.3f}" if "image" in stages else "-"
-        result.add_row(entry["name"], *cells, image, f"{entry['peak_rss_bytes'] / 2**20:.0f}", f"{entry['load_seconds']:.1f}")
+        result.add_row(
+            entry["name"], *cells, image, f"{entry['peak_rss_bytes'] / 2**20:.0f}", f"{entry['load_seconds']:.1f}"
+        )
     return result
 
 

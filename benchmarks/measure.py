@@ -71,7 +71,7 @@ def save(report: Report, path: Path) -> None:
     """Write a report; the file appears whole."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def median(report: Report, contender: str, stage: str) -> float | None:
@@ -94,7 +94,9 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "instructions": [name for name in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if name in flags],
+        "instructions": [
+            name for name in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if name in flags
+        ],
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }

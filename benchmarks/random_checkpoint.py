@@ -13,7 +13,6 @@ from typing import Annotated
 import torch
 import typer
 import yaml
-
 from bar_edge.export.checkpoint import Tensors, generator_shapes, tokenizer_shapes
 from bar_edge.runtime.spec import VARIANTS, ModelSpec, Recipe
 
@@ -31,7 +30,9 @@ def random_generator(spec: ModelSpec, seed: int = 0) -> Tensors:
     return tensors
 
 
-def random_tokenizer(spec: ModelSpec, width: int = DECODER_WIDTH, layers: int = DECODER_LAYERS, seed: int = 1) -> Tensors:
+def random_tokenizer(
+    spec: ModelSpec, width: int = DECODER_WIDTH, layers: int = DECODER_LAYERS, seed: int = 1
+) -> Tensors:
     """The decoding half of a tokenizer that fits the generator, fp32."""
     rng = torch.Generator().manual_seed(seed)
     shapes = tokenizer_shapes(width, layers, spec.token_size, spec.image_seq_len, spec.decoder_patch_size)

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
-
 from bar_edge.runtime.weights import FILE_NAME, StoredTensor
+from onnx import TensorProto, helper, numpy_helper
 
 OPSET = 24
 IR_VERSION = 11
@@ -45,7 +44,9 @@ class GraphBuilder:
         """A builder for the body of a control-flow node; weights and constants go to the outermost graph."""
         return GraphBuilder(self._weights, parent=self)
 
-    def op(self, op_type: str, *inputs: str, name: str = "", domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
+    def op(
+        self, op_type: str, *inputs: str, name: str = "", domain: str = "", outputs: int = 1, **attributes: Any
+    ) -> Any:
         """Add a node. Returns the name of its output, or a list of names if `outputs` > 1.
 
         `name` names the (first) output; without it one is made from the operator and a counter.
@@ -55,7 +56,9 @@ class GraphBuilder:
         self._append(helper.make_node(op_type, inputs, results, name=first, domain=domain, **attributes), domain)
         return results[0] if outputs == 1 else results
 
-    def node(self, op_type: str, inputs: Sequence[str], outputs: Sequence[str], *, domain: str = "", **attributes: Any) -> None:
+    def node(
+        self, op_type: str, inputs: Sequence[str], outputs: Sequence[str], *, domain: str = "", **attributes: Any
+    ) -> None:
         """Add a node whose outputs are all named by the caller; "" leaves an optional one out."""
         name = next(output for output in outputs if output)
         self._append(helper.make_node(op_type, inputs, outputs, name=name, domain=domain, **attributes), domain)

@@ -16,10 +16,9 @@ from typing import Any
 import safetensors.torch
 import torch
 import yaml
-from packaging.version import Version
-
 from bar_edge.runtime.errors import CheckpointError
 from bar_edge.runtime.spec import VARIANTS, ModelSpec, Recipe, check_allocation, find_variant
+from packaging.version import Version
 
 Tensors = dict[str, torch.Tensor]
 
@@ -383,9 +382,7 @@ def _check_config(spec: ModelSpec, settings: dict[str, Any], path: Path) -> None
         raise CheckpointError(f"{path} and its YAML do not belong together: {_listing(wrong, '; ')}")
 
 
-def _recipe(
-    settings: dict[str, Any], published: Recipe | None, overrides: Iterable[str], spec: ModelSpec
-) -> Recipe:
+def _recipe(settings: dict[str, Any], published: Recipe | None, overrides: Iterable[str], spec: ModelSpec) -> Recipe:
     """The authors' evaluation recipe for a published variant, else the YAML's; a command-line override wins."""
     generator = _section(_section(settings, "model"), "generator")
     head = _section(generator, "mbm_head")
@@ -401,7 +398,10 @@ def _recipe(
             published and published.allocation,
         ),
     }
-    chosen = {key: yaml_value if published is None or key in overridden else known for key, (yaml_value, known) in found.items()}
+    chosen = {
+        key: yaml_value if published is None or key in overridden else known
+        for key, (yaml_value, known) in found.items()
+    }
     absent = [key for key, value in chosen.items() if value is None]
     if absent:
         raise CheckpointError(

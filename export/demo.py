@@ -6,8 +6,6 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from bar_edge.benchmarks import latency
 from bar_edge.export.checkpoint import load_checkpoint
 from bar_edge.export.exporter import export_bundle
@@ -17,6 +15,7 @@ from bar_edge.runtime.engines.onnxruntime import cpu_count
 from bar_edge.runtime.errors import EngineError, RequestError
 from bar_edge.runtime.generator import Generator
 from bar_edge.runtime.pictures import contact_sheet, save_png
+from rich.console import Console
 
 PER_CLASS = 6
 SEED = 7
@@ -62,7 +61,9 @@ def run(output: Path, *, force: bool, console: Console, progress: Callable[[], A
             f"({checked.tokens_differing_without_tie} without a tie), pixels within {checked.pixel_error} level"
         )
         if not (tested.passed and checked.passed):
-            raise EngineError("the demo's images are not those of the reference model; run `bar-edge doctor` and report this")
+            raise EngineError(
+                "the demo's images are not those of the reference model; run `bar-edge doctor` and report this"
+            )
         with console.status("timing") as status:
             report = latency.compare(
                 {**{name: str(path) for name, path in sources.items()}, "config": str(config)}, bundle_path,

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-
 from bar_edge.export.checkpoint import Checkpoint, load_checkpoint
 from bar_edge.export.graphs import build_graphs
 from bar_edge.export.model import build_decoder, build_generator
@@ -115,8 +114,6 @@ def _provenance(sources: list[Path], overrides: list[str]) -> dict[str, Any]:
     return {
         "made_by": {name: metadata.version(name) for name in ("bar-edge", "torch", "onnx", "onnxruntime", "numpy")},
         "python": platform.python_version(),
-        "sources": [
-            {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)} for path in sources
-        ],
+        "sources": [{"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)} for path in sources],
         "overrides": overrides,
     }

@@ -21,7 +21,6 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx
-
 from bar_edge.export.builder import MICROSOFT, GraphBuilder
 from bar_edge.export.checkpoint import DECODER_HEADS
 from bar_edge.export.model import EPS
@@ -224,7 +223,7 @@ def step_graph(spec: ModelSpec, weights: Weights) -> onnx.ModelProto:
 
 def _trunk(g: GraphBuilder, spec: ModelSpec, *, onnxruntime: bool) -> str:
     """Declare the trunk's inputs and outputs and write its nodes; returns the latent [rows, W]."""
-    d, heads, head_dim, total = spec.hidden_size, spec.num_heads, spec.head_dim, spec.prefix_length + spec.num_tokens
+    d, heads, head_dim = spec.hidden_size, spec.num_heads, spec.head_dim
     symbols = g.input("symbols", I64, ["rows", "T"], "rows of symbol_embedding: class, first position or a token")
     bits = g.input("bits", F32, ["rows_T", spec.bits_per_token], "0 or 1; zeros at prefix positions")
     own = g.input("positions", I64, ["rows_T"], "table row of each position: 0..F-1, or F + its grid index")
@@ -256,7 +255,9 @@ def _trunk(g: GraphBuilder, spec: ModelSpec, *, onnxruntime: bool) -> str:
         q = _rms_norm(g, q, g.weight(f"{block}.attn.q_norm.weight"))
         k = _rms_norm(g, k, g.weight(f"{block}.attn.k_norm.weight"))
         qk = g.op("Reshape", g.op("Concat", q, k, axis=1), g.constant([-1, 2 * heads, head_dim], I64))
-        qk = g.op("RotaryEmbedding", qk, g.weight("rope_cos"), g.weight("rope_sin"), rope_rows, interleaved=1, num_heads=1)
+        qk = g.op(
+            "RotaryEmbedding", qk, g.weight("rope_cos"), g.weight("rope_sin"), rope_rows, interleaved=1, num_heads=1
+        )
         q, k = g.op("Split", qk, axis=1, num_outputs=2, outputs=2)  # each [rows*T, H, d]
         out = g.op("Reshape", cache.attend(i, q, k, v), g.constant([-1, d], I64))
         residual = g.op("Mul", gate1, _linear(g, out, f"{block}.attn.proj"))

@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from bar_edge.export.checkpoint import DECODER_HEADS, Checkpoint
 from bar_edge.runtime.noise import NoiseSource
 from bar_edge.runtime.sampling import guidance_at
 from bar_edge.runtime.spec import ModelSpec, Recipe
+from torch import Tensor, nn
 
 EPS = 1e-6
 
@@ -206,9 +205,7 @@ class Generator(nn.Module):
             grown.append(cache)
         return self.latent_condition_proj(self.norm(x)), grown
 
-    def prefix_latents(
-        self, class_ids: Tensor, first_target: Tensor
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def prefix_latents(self, class_ids: Tensor, first_target: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """class_ids [B], first_target [B] grid indices -> latents [B, F, W] and caches."""
         f, b = self.spec.prefix_length, class_ids.shape[0]
         embedding = self.class_embedding(class_ids)
@@ -400,8 +397,6 @@ def build_decoder(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) ->
     width, token_size = checkpoint.tokenizer["quantize.out_proj.weight"].shape
     layers = sum(name.endswith(".norm1.weight") for name in checkpoint.tokenizer)
     with torch.device("meta"):
-        model = Decoder(
-            width, layers, token_size, checkpoint.spec.image_seq_len, checkpoint.spec.decoder_patch_size
-        )
+        model = Decoder(width, layers, token_size, checkpoint.spec.image_seq_len, checkpoint.spec.decoder_patch_size)
     model.load_state_dict({k: v.to(dtype) for k, v in checkpoint.tokenizer.items()}, assign=True)
     return model.eval()

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-
 from bar_edge.export.model import Generator
 from bar_edge.runtime.noise import NoiseSource, gumbel
 from bar_edge.runtime.sampling import Schedule, guidance_at, sample_token, to_tokens
 from bar_edge.runtime.spec import Recipe
+from numpy.typing import NDArray
 
 TIE = 1e-4  # of the largest logit: a closer decision may fall either way in float32
 
@@ -26,7 +25,9 @@ class Replay:
     """What the reference says of B images of N tokens."""
 
     differing_bits: NDArray[np.int64]  # [B, N]
-    margins: NDArray[np.float32]  # [B, N] distance of the closest decision from a tie, as a fraction of the largest logit
+    margins: NDArray[
+        np.float32
+    ]  # [B, N] distance of the closest decision from a tie, as a fraction of the largest logit
     latents: NDArray[np.float32]  # [rows, N, W] of the reference, by generation step, conditional rows first
 
     @property
@@ -67,7 +68,9 @@ def replay(
     for i in range(images):  # the tokens of an image stand in the place of the images of a batch
         latent = torch.cat([latents[row] for row in range(i, len(rows), images)])  # [copies*N, W]
 
-        def head(known: NDArray[np.bool_], ones: NDArray[np.bool_], s: int, latent: torch.Tensor = latent) -> NDArray[np.float32]:
+        def head(
+            known: NDArray[np.bool_], ones: NDArray[np.bool_], s: int, latent: torch.Tensor = latent
+        ) -> NDArray[np.float32]:
             ids = torch.from_numpy(np.where(known, ones, 2).astype(np.int64)).repeat(copies, 1)
             ratio = torch.full((len(latent),), float(schedule.mask_ratio[s]))
             logits: NDArray[np.float32] = generator.lm_head(ids, latent, ratio).float().numpy()
@@ -94,7 +97,8 @@ def teacher_forced_latents(
     embedding = generator.class_embedding(class_ids)  # [rows, 1, D]
     previous = generator.input_embeddings(drawn[:, :-1].long()).flatten(2)  # [rows, N-1, K*e]
     x = torch.cat(
-        (generator.cls_token.expand(rows, 1, -1), embedding.expand(-1, f - 1, -1), generator.input_merge(previous)), dim=1
+        (generator.cls_token.expand(rows, 1, -1), embedding.expand(-1, f - 1, -1), generator.input_merge(previous)),
+        dim=1,
     )
     own = torch.cat((torch.arange(f).expand(rows, f), f + order[:, :-1]), dim=1)
     target = torch.cat((order[:, :1].expand(rows, f), order[:, 1:]), dim=1) + f

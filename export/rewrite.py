@@ -14,12 +14,11 @@ Tensors that keep their meaning keep their checkpoint name; new ones are named i
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-
 from bar_edge.export.checkpoint import Checkpoint
 from bar_edge.runtime.errors import CheckpointError
 from bar_edge.runtime.spec import ModelSpec
 from bar_edge.runtime.weights import PendingTensor
+from numpy.typing import NDArray
 
 PADDING = 128
 

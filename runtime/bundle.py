@@ -51,7 +51,9 @@ class Bundle:
         path = Path(path)
         manifest = _read_manifest(path)
         try:
-            files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+            files = {
+                str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()
+            }
             graphs = {str(name): str(entry["file"]) for name, entry in manifest["graphs"].items()}
             spec = ModelSpec.from_dict(manifest["model"])
             sampling = manifest["recipe"]
@@ -74,7 +76,8 @@ class Bundle:
         """The file of a graph. Raises CompatibilityError if the bundle has none of that name."""
         if name not in self.graphs:
             raise CompatibilityError(
-                f"{self.path}: has no graph {name!r} (it has {', '.join(self.graphs)}); export it again with this version"
+                f"{self.path}: has no graph {name!r} (it has {', '.join(self.graphs)}); "
+                "export it again with this version"
             )
         return self.path / self.graphs[name]
 
@@ -137,7 +140,12 @@ def publish(output: Path, needed_bytes: int, *, force: bool) -> Iterator[Path]:
     """
     if (output.exists() or output.is_symlink()) and not force:
         raise BundleError(f"{output}: exists already; choose another folder or pass --force to replace it")
-    if force and output.exists() and not (output / MANIFEST).is_file() and (not output.is_dir() or any(output.iterdir())):
+    if (
+        force
+        and output.exists()
+        and not (output / MANIFEST).is_file()
+        and (not output.is_dir() or any(output.iterdir()))
+    ):
         raise BundleError(f"{output}: is not a bundle, so --force will not replace it; remove it by hand")
     parent = output.absolute().parent
     try:
@@ -201,7 +209,9 @@ def _verify_files(path: Path, files: Mapping[str, tuple[int, str]], progress: Pr
     if missing := sorted(set(files) - present):
         raise BundleError(f"{path}: missing {', '.join(missing)}. {_REMEDY}")
     if extra := sorted(present - set(files)):
-        raise BundleError(f"{path}: holds {', '.join(extra)}, not listed in its manifest. Remove them, or {_REMEDY.lower()}")
+        raise BundleError(
+            f"{path}: holds {', '.join(extra)}, not listed in its manifest. Remove them, or {_REMEDY.lower()}"
+        )
     for name, (size, _) in files.items():
         file = path / name
         if file.is_symlink() or not file.is_file():

@@ -11,11 +11,10 @@ from types import ModuleType
 from typing import Annotated, Any
 
 import typer
+from bar_edge.runtime.errors import BarEdgeError, RequestError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-
-from bar_edge.runtime.errors import BarEdgeError, RequestError
 
 app = typer.Typer(
     help="Run trained BAR image generators without PyTorch: export, generate, verify.",
@@ -44,7 +43,9 @@ def export(
     generator: Annotated[Path, typer.Argument(help="The generator: .bin, .pt or .safetensors.")],
     tokenizer: Annotated[Path, typer.Option("--tokenizer", help="The tokenizer it was trained with.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Bundle folder to make.")],
-    config: Annotated[Path | None, typer.Option("--config", help="The authors' YAML; optional for published variants.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="The authors' YAML; optional for published variants.")
+    ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value over the YAML.")] = None,
     force: Force = False,
 ) -> None:
@@ -70,7 +71,9 @@ def export(
 def generate(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the PNGs and the contact sheet.")],
-    classes: Annotated[list[str] | None, typer.Option("--class", help="Class number or, for 1000 classes, ImageNet name; repeat.")] = None,
+    classes: Annotated[
+        list[str] | None, typer.Option("--class", help="Class number or, for 1000 classes, ImageNet name; repeat.")
+    ] = None,
     unconditional: Annotated[bool, typer.Option("--unconditional", help="Images of no class.")] = False,
     num: Annotated[int, typer.Option(min=1, help="Images per class.")] = 1,
     seed: Annotated[int, typer.Option(help="0 to 2**64-1; with the image's index it decides every bit.")] = 0,
@@ -101,7 +104,7 @@ def generate(
     with _progress() as bar:
         verified = _open(bundle, bar)
         spec = verified.spec
-        ids = [parse_class(text, spec) for text in classes or ()] or [None]
+        ids: list[int | None] = [None] if unconditional else [parse_class(text, spec) for text in classes or ()]
         with Generator(verified, engine=engine, threads=threads) as bar_generator:
             recipe = bar_generator.recipe(guidance, temperature, _allocation(allocation))
             settings = {
@@ -121,9 +124,13 @@ def generate(
             for drawn in stream:
                 name = class_name(drawn.class_id, spec)
                 file = output / f"{drawn.index:05d}.png"
-                save_png(drawn.image, file, {**settings, "class_id": drawn.class_id, "class": name, "index": drawn.index})
+                save_png(
+                    drawn.image, file, {**settings, "class_id": drawn.class_id, "class": name, "index": drawn.index}
+                )
                 images.append(drawn.image)
-                labels.append(name if name == str(drawn.class_id) or drawn.class_id is None else f"{drawn.class_id} {name}")
+                labels.append(
+                    name if name == str(drawn.class_id) or drawn.class_id is None else f"{drawn.class_id} {name}"
+                )
                 files.append(str(file))
     sheet = output / "sheet.png"
     save_png(contact_sheet(images, labels, columns_for(len(images), num)), sheet, settings)
@@ -215,7 +222,9 @@ def doctor(as_json: AsJson = False) -> None:
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for everything the demo makes.")] = Path("demo-output"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for everything the demo makes.")] = Path(
+        "demo-output"
+    ),
     force: Force = False,
 ) -> None:
     """Export, draw, verify and time the small trained model that ships with bar-edge.

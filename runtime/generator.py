@@ -16,9 +16,6 @@ from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
 from bar_edge.runtime import engines
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines import Batch
@@ -26,6 +23,8 @@ from bar_edge.runtime.errors import EngineError, RequestError
 from bar_edge.runtime.noise import NoiseSource, SeededNoise
 from bar_edge.runtime.sampling import to_fine_grid, to_uint8
 from bar_edge.runtime.spec import Recipe
+from numpy.typing import NDArray
+from PIL import Image
 
 DEFAULT_BATCH_SIZE = 8
 Order = Literal["raster", "random"]
@@ -35,7 +34,7 @@ Bits = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Drawn:
-    """One image: its index in the request, class id (None: unconditional), pixels, and bits [image_seq_len, token_size]."""
+    """One image: its index in the request, class id (None: unconditional), pixels, bits [image_seq_len, token_size]."""
 
     index: int
     class_id: int | None
@@ -68,7 +67,9 @@ class Generator:
     def __enter__(self) -> "Generator":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -124,7 +125,13 @@ class Generator:
         return (images, np.stack([one.bits for one in drawn])) if return_bits else images
 
     def _batches(
-        self, ids: NDArray[np.int64], recipe: Recipe, seed: int, random: bool, batch_size: int, progress: Progress | None
+        self,
+        ids: NDArray[np.int64],
+        recipe: Recipe,
+        seed: int,
+        random: bool,
+        batch_size: int,
+        progress: Progress | None,
     ) -> Iterator[Drawn]:
         for begin in range(0, len(ids), batch_size):
             part = ids[begin : begin + batch_size]
@@ -177,7 +184,9 @@ class Generator:
         bits = np.asarray(bits)
         expected = (self.spec.image_seq_len, self.spec.token_size)
         if bits.ndim != 3 or bits.shape[1:] != expected or not np.isin(bits, (0, 1)).all():
-            raise RequestError(f"bits must be 0 or 1 of shape [B, {expected[0]}, {expected[1]}], got {list(bits.shape)}")
+            raise RequestError(
+                f"bits must be 0 or 1 of shape [B, {expected[0]}, {expected[1]}], got {list(bits.shape)}"
+            )
         with self._lock:
             return self._running().decode(bits)
 
@@ -209,5 +218,3 @@ class Generator:
         if self._engine is None:
             raise EngineError("this generator is closed")
         return self._engine
-
-

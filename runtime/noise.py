@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
-
 from bar_edge.runtime.errors import RequestError
+from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 
@@ -104,7 +103,7 @@ class RecordedNoise:
 
     @property
     def images(self) -> int:
-        return self.u_bits.shape[2]
+        return int(self.u_bits.shape[2])
 
     def uniforms(self, tokens: int, passes: int, bits: int) -> tuple[Floats, Floats]:
         expected = (tokens, passes, self.images, bits, 2)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ def save_png(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         image.save(partial, format="PNG", pnginfo=info)
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
 from bar_edge.runtime.spec import ModelSpec, Recipe
+from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Bits = NDArray[np.uint8]

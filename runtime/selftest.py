@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
 from bar_edge.runtime.bundle import SELFTEST
 from bar_edge.runtime.errors import BundleError
 from bar_edge.runtime.generator import Generator
 from bar_edge.runtime.noise import SeededNoise
 from bar_edge.runtime.sampling import to_uint8
+from numpy.typing import NDArray
 
 PIXEL_TOLERANCE = 1  # levels: truncation to uint8 may fall either way
 LATENT_TOLERANCE = 1e-3  # of the largest value, fp32
@@ -47,8 +46,8 @@ class Record:
         try:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
                 bits = np.unpackbits(stored["bits"], count=shape[0] * shape[1]).reshape(shape)
-                numbers = (int(stored[name]) for name in ("seed", "image_index", "class_id"))
-                return cls(*numbers, bits, stored["latent"], stored["image"])
+                seed, index, class_id = (int(stored[name]) for name in ("seed", "image_index", "class_id"))
+                return cls(seed, index, class_id, bits, stored["latent"], stored["image"])
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise BundleError(f"{path}: not a readable self-test ({error}); export the bundle again") from error
 

@@ -4,6 +4,7 @@ Notation as in the paper (arXiv 2602.09024): B images, D hidden size, H heads, d
 K bits per token, F prefix length, W head width, S head passes per token. Plain data, no tensor library.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -99,7 +100,7 @@ class Recipe:
 def check_allocation(allocation: Sequence[int], bits_per_token: int) -> None:
     """Raise RequestError unless `allocation` is positive, non-decreasing and sums to K."""
     ok = len(allocation) > 0 and all(a >= 1 for a in allocation) and sum(allocation) == bits_per_token
-    if not ok or any(b < a for a, b in zip(allocation, allocation[1:], strict=False)):
+    if not ok or any(b < a for a, b in itertools.pairwise(allocation)):
         raise RequestError(
             f"allocation {','.join(map(str, allocation)) or '(empty)'} does not fit: it must be positive, "
             f"non-decreasing and sum to {bits_per_token}, the bits per token of this model"
@@ -148,12 +149,8 @@ _B, _L = (768, 24, 12), (1280, 32, 16)
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
-        _variant(
-            "bar_b_patch4", _B, (256, 16, 4), Recipe(9.6, 1.4, (64, 64, 64, 64)), "bar_fsq_16bits", 415_752_223
-        ),
-        _variant(
-            "bar_b_patch2", _B, (256, 16, 2), Recipe(5.5, 2.0, (16, 16, 16, 16)), "bar_fsq_16bits", 415_076_098
-        ),
+        _variant("bar_b_patch4", _B, (256, 16, 4), Recipe(9.6, 1.4, (64, 64, 64, 64)), "bar_fsq_16bits", 415_752_223),
+        _variant("bar_b_patch2", _B, (256, 16, 2), Recipe(5.5, 2.0, (16, 16, 16, 16)), "bar_fsq_16bits", 415_076_098),
         _variant("bar_b", _B, (256, 16, 1), Recipe(5.0, 2.5, (2, 2, 5, 7)), "bar_fsq_16bits_ft", 415_322_158),
         _variant("bar_l", _L, (256, 16, 1), Recipe(5.3, 3.0, (2, 2, 5, 7)), "bar_fsq_16bits_ft", 1_107_798_990),
         _variant(

@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
-
 from bar_edge.runtime.errors import BundleError
+from numpy.typing import NDArray
 
 FILE_NAME = "weights.safetensors"
 ALIGNMENT = 64
 _MAX_HEADER = 64 * 2**20
-_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
@@ -85,7 +89,7 @@ def write(
         array = np.ascontiguousarray(pending.make(), dtype=pending.dtype)
         if array.shape != pending.shape:
             raise AssertionError(f"{name}: planned {pending.shape}, made {array.shape}")
-        file.write(memoryview(array).cast("B"))
+        file.write(array.data)
         yield name, array.nbytes
 
 

@@ -8,19 +8,19 @@ position is the step that draws the first token. Modulation is computed ahead fo
 
 import os
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines import Batch, TokenProgress
 from bar_edge.runtime.errors import EngineError
 from bar_edge.runtime.noise import gumbel
 from bar_edge.runtime.sampling import Schedule, guidance_at
 from bar_edge.runtime.spec import ModelSpec
+from numpy.typing import NDArray
 
 MINIMUM_VERSION = (1, 24)
 NAME = "onnxruntime"
@@ -121,7 +121,9 @@ class OnnxRuntimeEngine:
         self._step = self._modulation = None
         self._sessions.clear()
 
-    def _prefix(self, step: "_Step", rows: NDArray[np.int64], first_targets: NDArray[np.int64], modulation: "_Modulation") -> None:
+    def _prefix(
+        self, step: "_Step", rows: NDArray[np.int64], first_targets: NDArray[np.int64], modulation: "_Modulation"
+    ) -> None:
         """Fill the cache with all prefix positions but the last. Equal (class, first target) rows run once."""
         spec = self._spec
         length = spec.prefix_length - 1
@@ -323,7 +325,7 @@ def _session(ort: ModuleType, path: Path, threads: int) -> Any:
 
 def _library() -> ModuleType:
     try:
-        import onnxruntime as ort
+        ort = import_module("onnxruntime")
     except ImportError as error:
         raise EngineError(f"onnxruntime is not installed ({error}); pip install onnxruntime") from error
     version = tuple(int(part) for part in ort.__version__.split(".")[:2])
