@@ -241,8 +241,9 @@ def _trunk(g: GraphBuilder, spec: ModelSpec, *, onnxruntime: bool) -> str:
     both = g.op("Concat", *(g.op("Unsqueeze", rows, g.constant([1], I64)) for rows in (own, target)), axis=1)
     which = [0] * (heads // 2) + [1] * (heads - heads // 2) + [0] * heads
     rope_rows = g.op("Gather", both, g.constant(which, I64, "rope_source"), axis=1)  # [rows*T, 2H]
-    pieces = g.op("Split", modulation, axis=0, num_outputs=6 * spec.num_layers, outputs=6 * spec.num_layers)
-    pieces = [g.op("Squeeze", piece, g.constant([0], I64)) for piece in pieces]  # each [rows*T, D]
+    count = 6 * spec.num_layers
+    flat = g.op("Reshape", modulation, g.constant([-1, d], I64))  # so that each piece is [rows*T, D] without a Squeeze
+    pieces = g.op("Split", flat, axis=0, num_outputs=count, outputs=count)
     residual: str | None = None
     for i in range(spec.num_layers):
         block = f"blocks.{i}"
@@ -250,16 +251,12 @@ def _trunk(g: GraphBuilder, spec: ModelSpec, *, onnxruntime: bool) -> str:
         x, normed = _add_norm(g, x, residual, d, onnxruntime=onnxruntime)
         qkv = _linear(g, g.op("Add", g.op("Mul", normed, scale1), shift1), f"{block}.attn.qkv")
         qk, v = g.op("Split", qkv, g.constant([2 * d, d], I64), axis=1, outputs=2)
-        qk = g.op("Reshape", qk, g.constant([-1, 2, heads, head_dim], I64))
-        q, k = g.op("Split", qk, axis=1, num_outputs=2, outputs=2)
-        q = _rms_norm(g, q, g.weight(f"{block}.attn.q_norm.weight"))
-        k = _rms_norm(g, k, g.weight(f"{block}.attn.k_norm.weight"))
-        qk = g.op("Reshape", g.op("Concat", q, k, axis=1), g.constant([-1, 2 * heads, head_dim], I64))
+        qk = _rms_norm(g, g.op("Reshape", qk, g.constant([-1, 2 * heads, head_dim], I64)), _ones(g, head_dim))
+        qk = g.op("Mul", qk, g.weight(f"{block}.attn.qk_norm.weight"))
         qk = g.op(
             "RotaryEmbedding", qk, g.weight("rope_cos"), g.weight("rope_sin"), rope_rows, interleaved=1, num_heads=1
-        )
-        q, k = g.op("Split", qk, axis=1, num_outputs=2, outputs=2)  # each [rows*T, H, d]
-        out = g.op("Reshape", cache.attend(i, q, k, v), g.constant([-1, d], I64))
+        )  # heads stand in the place of the sequence
+        out = g.op("Reshape", cache.attend(i, qk, v), g.constant([-1, d], I64))
         residual = g.op("Mul", gate1, _linear(g, out, f"{block}.attn.proj"))
         x, normed = _add_norm(g, x, residual, d, onnxruntime=onnxruntime)
         hidden = g.op("Add", g.op("Mul", normed, scale2), shift2)
@@ -277,6 +274,7 @@ class _Cache:
         d, head_dim = spec.hidden_size, spec.head_dim
         shape = ["rows", spec.num_heads, spec.prefix_length + spec.num_tokens, head_dim]
         self.sequence_shape = g.op("Concat", g.op("Shape", symbols), g.constant([d], I64), axis=0)  # rows, T, D
+        self._pair_shape = g.op("Concat", g.op("Shape", symbols), g.constant([2 * d], I64), axis=0)
         if onnxruntime:
             self._last = g.input("last_position", I32, ["rows"], "sequence position of the last new position")
             self._filled = g.input("filled", I32, [1], "positions in the cache after this call")
@@ -296,19 +294,25 @@ class _Cache:
                 g.input(f"{kind}_cache.{i}", F32, shape)
                 g.output(f"{kind}_cache_out.{i}", F32, shape, "bind to the buffer of the input")
 
-    def attend(self, layer: int, q: str, k: str, v: str) -> str:
-        """q, k [rows*T, H, d], v [rows*T, D] -> [rows, T, D] or [rows, T, H, d]."""
+    def attend(self, layer: int, qk: str, v: str) -> str:
+        """qk [rows*T, 2H, d], v [rows*T, D] -> [rows, T, D] or [rows, T, H, d]."""
         g = self._g
         past = (f"k_cache.{layer}", f"v_cache.{layer}")
         present = (f"k_cache_out.{layer}", f"v_cache_out.{layer}")
         out = f"attention.{layer}"
+        qk = g.op("Reshape", qk, self._pair_shape)  # [rows, T, 2D]
+        q, k = g.op("Split", qk, axis=2, num_outputs=2, outputs=2)
+        v = g.op("Reshape", v, self.sequence_shape)
         if self._onnxruntime:
-            q, k, v = (g.op("Reshape", x, self.sequence_shape) for x in (q, k, v))
             heads = self._spec.num_heads
             g.node(
-                "GroupQueryAttention", (q, k, v, *past, self._last, self._filled), (out, *present),
-                domain=MICROSOFT, num_heads=heads, kv_num_heads=heads,
-            )  # fmt: skip
+                "GroupQueryAttention",
+                (q, k, v, *past, self._last, self._filled),
+                (out, *present),
+                domain=MICROSOFT,
+                num_heads=heads,
+                kv_num_heads=heads,
+            )
             return out
         q, k, v = (
             g.op("Transpose", g.op("Reshape", x, self._heads_shape), perm=[0, 2, 1, 3]) for x in (q, k, v)

@@ -25,6 +25,7 @@ PADDING = 128
 NEW_NAMES = {
     "symbol_embedding": "[C+6, D]: embeddings.weight, then cls_token, then a generated token whose bits are all 0",
     "bit_embedding": "[K, D]: what bit k adds to a generated token when it is 1",
+    "blocks.i.attn.qk_norm.weight": "[2H, d]: q_norm.weight for every head, then k_norm.weight",
     "rope_cos": "[F+N, d/2]: one frequency per pair of channels",
     "rope_sin": "[F+N, d/2]",
     "lm_head.masked_embedding": "[W]: the head's input when every bit is masked",
@@ -75,8 +76,13 @@ class Rewriter:
             add(f"rope_{kind}", (rows, spec.head_dim // 2), lambda kind=kind: self._rope(kind))  # type: ignore[misc]
         for i in range(spec.num_layers):
             block = f"blocks.{i}"
-            for norm in ("q_norm", "k_norm"):
-                self._copy(f"{block}.attn.{norm}.weight")
+            self._add(
+                f"{block}.attn.qk_norm.weight",
+                (2 * spec.num_heads, spec.head_dim),
+                lambda block=block: np.repeat(  # type: ignore[misc]
+                    [self._get(f"{block}.attn.{norm}.weight") for norm in ("q_norm", "k_norm")], spec.num_heads, axis=0
+                ),
+            )
             for linear in ("attn.qkv", "attn.proj"):
                 self._copy_linear(f"{block}.{linear}")
             self._swiglu(f"{block}.mlp", d)

@@ -1,0 +1,33 @@
+# Everything lives in .venv; `make demo` and `make test` are all the set-up there is.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := $(wildcard runtime/*.py runtime/*/*.py export/*.py calibration/*.py benchmarks/*.py)
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	$(BIN)/bar-edge demo -o demo-output --force
+
+test: .venv/installed lint
+	$(BIN)/pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch first and alone: asked for together with others, pip may choose a build with gigabytes of CUDA
+.venv/dependencies: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt '.[export,dev]'
+	$(BIN)/pip uninstall --quiet --yes bar-edge
+	touch $@
+
+# strict mode links file by file, which mypy and new files need: installed again whenever a source changes
+.venv/installed: .venv/dependencies $(SOURCES)
+	$(BIN)/pip install --quiet --no-deps --config-settings editable_mode=strict -e .
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info demo-output
