@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+
 from bar_edge.benchmarks.measure import Samples
 from bar_edge.runtime.generator import Generator
 from bar_edge.runtime.noise import SeededNoise
@@ -22,6 +23,7 @@ def pytorch(
 ) -> Callable[[], Samples]:
     """The reference model in eager PyTorch. `tokens` 0 draws and decodes whole images."""
     import torch
+
     from bar_edge.export.checkpoint import load_checkpoint
     from bar_edge.export.model import build_decoder, build_generator, generate_bits
     from bar_edge.runtime.sampling import to_fine_grid, to_uint8

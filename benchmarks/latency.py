@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
+
 from bar_edge.benchmarks.measure import Contender, Report, measure, median, save
 from bar_edge.runtime import weights
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines.onnxruntime import cpu_count
 from bar_edge.runtime.inspection import bytes_per_token
-from rich.console import Console
-from rich.table import Table
 
 BASELINE, RUNTIME, MEMORY = "pytorch float32", "onnxruntime", "memory"
 

@@ -13,6 +13,7 @@ from typing import Annotated
 import torch
 import typer
 import yaml
+
 from bar_edge.export.checkpoint import Tensors, generator_shapes, tokenizer_shapes
 from bar_edge.runtime.spec import VARIANTS, ModelSpec, Recipe
 
@@ -40,7 +41,7 @@ def random_tokenizer(
 
 
 def rope_tables(spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [F+N, d]: identity for the prefix, then row and column of every token (spec section 2)."""
+    """cos and sin [F+N, d]: identity for the prefix, then row and column of every token (docs/model.md section 2)."""
     grid = math.isqrt(spec.num_tokens)
     quarter = spec.head_dim // 4
     frequencies = 10000.0 ** (-2 * torch.arange(quarter) / (spec.head_dim / 2))

@@ -4,13 +4,15 @@ Graphs are written rather than traced: every node is there because it was measur
 names, and no weight is touched (initializers are external data that point into `weights.safetensors`).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
-from bar_edge.runtime.weights import FILE_NAME, StoredTensor
 from onnx import TensorProto, helper, numpy_helper
+
+from bar_edge.runtime.weights import FILE_NAME, StoredTensor
 
 OPSET = 24
 IR_VERSION = 11
@@ -30,7 +32,18 @@ Shape = Sequence[int | str]
 class GraphBuilder:
     """Collects the nodes, initializers, inputs and outputs of one graph. Values are referred to by name."""
 
-    def __init__(self, weights: Mapping[str, StoredTensor], *, parent: "GraphBuilder | None" = None) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, StoredTensor],
+        precisions: Mapping[str, str] | None = None,
+        *,
+        onnxruntime: bool = False,
+        parent: "GraphBuilder | None" = None,
+    ) -> None:
+        """`precisions`: linear layers that are not fp32; `onnxruntime` allows that runtime's operators."""
+        self.onnxruntime = onnxruntime
+        self.precisions = precisions or {}
+        self.linear_inputs: list[tuple[str, str]] = []  # (layer, value) of every linear layer, for probes
         self._weights = weights
         self._parent = parent
         self._nodes: list[onnx.NodeProto] = []
@@ -42,7 +55,7 @@ class GraphBuilder:
 
     def subgraph(self) -> "GraphBuilder":
         """A builder for the body of a control-flow node; weights and constants go to the outermost graph."""
-        return GraphBuilder(self._weights, parent=self)
+        return GraphBuilder(self._weights, self.precisions, onnxruntime=self.onnxruntime, parent=self)
 
     def op(
         self, op_type: str, *inputs: str, name: str = "", domain: str = "", outputs: int = 1, **attributes: Any
@@ -63,14 +76,29 @@ class GraphBuilder:
         name = next(output for output in outputs if output)
         self._append(helper.make_node(op_type, inputs, outputs, name=name, domain=domain, **attributes), domain)
 
+    def has(self, name: str) -> bool:
+        """Whether the weights file holds a tensor of that name."""
+        return name in self._weights
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor in the weights file."""
+        return self._weights[name].shape
+
     def weight(self, name: str) -> str:
         """The initializer of that name in the weights file."""
+        place = self._weights[name]
+        return self.view(name, name, _TYPES[place.dtype], place.shape)
+
+    def view(self, name: str, source: str, data_type: int, dims: Sequence[int]) -> str:
+        """An initializer that reads the beginning of the stored tensor `source` as another type or shape."""
         root = self._root()
         if name not in root._initializers:
-            place = self._weights[name]
-            tensor = TensorProto(name=name, data_type=_TYPES[place.dtype], dims=place.shape)
+            place = self._weights[source]
+            bits = 4 if data_type in (TensorProto.INT4, TensorProto.UINT4) else 8 * place.dtype.itemsize
+            length = -(-math.prod(dims) * bits // 8)
+            tensor = TensorProto(name=name, data_type=data_type, dims=dims)
             tensor.data_location = TensorProto.EXTERNAL
-            for key, value in (("location", FILE_NAME), ("offset", place.offset), ("length", place.length)):
+            for key, value in (("location", FILE_NAME), ("offset", place.offset), ("length", length)):
                 tensor.external_data.add(key=key, value=str(value))
             root._initializers[name] = tensor
         return name

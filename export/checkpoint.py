@@ -3,7 +3,7 @@
 `load_checkpoint` returns the shapes (`ModelSpec`), the sampling recipe and the named tensors, or raises
 CheckpointError naming what is wrong. It never runs code from a file: pickles are read with `weights_only=True`,
 which is safe from torch 2.10 on (earlier releases had remote code execution and heap corruption). Tensor names and
-shapes are those of spec section 1; nothing is computed here.
+shapes are those of docs/model.md section 1; nothing is computed here.
 """
 
 import math
@@ -16,13 +16,13 @@ from typing import Any
 import safetensors.torch
 import torch
 import yaml
-from bar_edge.runtime.errors import CheckpointError
-from bar_edge.runtime.spec import VARIANTS, ModelSpec, Recipe, check_allocation, find_variant
 from packaging.version import Version
+
+from bar_edge.runtime.errors import CheckpointError
+from bar_edge.runtime.spec import DECODER_HEADS, VARIANTS, ModelSpec, Recipe, check_allocation, find_variant
 
 Tensors = dict[str, torch.Tensor]
 
-DECODER_HEADS = 16  # fixed by the authors' decoder, not visible in any tensor
 _WRAPPERS = ("_orig_mod.", "module.")
 _NESTING_KEYS = ("model", "state_dict", "ema")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -189,7 +189,7 @@ def infer_spec(generator: Tensors, tokenizer: Tensors, generator_path: Path, tok
 
 
 def generator_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a generator with these sizes, by checkpoint name (spec section 2 and 3)."""
+    """Every tensor of a generator with these sizes, by checkpoint name (docs/model.md sections 2 and 3)."""
     d, w, k = spec.hidden_size, spec.head_width, spec.bits_per_token
     hidden, head_hidden = int(2 / 3 * 4 * d), int(2 / 3 * 4 * w)
     rows = spec.prefix_length + spec.num_tokens
@@ -241,7 +241,7 @@ def generator_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def tokenizer_shapes(width: int, layers: int, token_size: int, cells: int, pixels: int) -> dict[str, tuple[int, ...]]:
-    """Every tensor that decoding needs (spec section 5), for `cells` cells of `pixels` x `pixels` pixels."""
+    """Every tensor that decoding needs (docs/model.md section 5), for `cells` cells of `pixels` x `pixels` pixels."""
     shapes: dict[str, tuple[int, ...]] = {
         **_linear("quantize.out_proj", width, token_size),
         "decoder.class_embedding": (1, width),

@@ -6,6 +6,8 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from bar_edge.benchmarks import latency
 from bar_edge.export.checkpoint import load_checkpoint
 from bar_edge.export.exporter import export_bundle
@@ -15,7 +17,6 @@ from bar_edge.runtime.engines.onnxruntime import cpu_count
 from bar_edge.runtime.errors import EngineError, RequestError
 from bar_edge.runtime.generator import Generator
 from bar_edge.runtime.pictures import contact_sheet, save_png
-from rich.console import Console
 
 PER_CLASS = 6
 SEED = 7

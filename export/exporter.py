@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+
 from bar_edge.export.checkpoint import Checkpoint, load_checkpoint
 from bar_edge.export.graphs import build_graphs
 from bar_edge.export.model import build_decoder, build_generator

@@ -9,9 +9,9 @@ Canonical graphs use standard operators only (opset 24) and no sampling; other e
     head_pass        known bits -> logits (one pass of the masked-bit head)
     decode           bits of an image -> pixels
 
-`step_onnxruntime` is derived from the same functions for ONNX Runtime: trunk, all S passes and the sampling in one
-graph, with that runtime's in-place attention. The passes are a Scan: the head's weights are packed once, and any
-allocation runs on the same graph.
+The `onnxruntime_*` graphs are derived from the same functions for ONNX Runtime, with that runtime's own operators:
+`onnxruntime_step` holds trunk, all S passes and the sampling. The passes are a Scan: the head's weights are packed
+once, and any allocation runs on the same graph.
 
 Symbolic dimensions: rows (image rows, conditional first, then unconditional if guided), images (B), T (positions in
 this call), S (passes); fixed ones: D, H, d, N, F, K, W, L as in `runtime/spec.py`.
@@ -21,95 +21,95 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx
+
 from bar_edge.export.builder import MICROSOFT, GraphBuilder
-from bar_edge.export.checkpoint import DECODER_HEADS
-from bar_edge.export.model import EPS
-from bar_edge.runtime.spec import ModelSpec
+from bar_edge.export.linear import linear, table_sum
+from bar_edge.runtime.spec import DECODER_HEADS, LAYER_NORM_EPS, RMS_NORM_EPS, ModelSpec
 from bar_edge.runtime.weights import StoredTensor
 
 Weights = Mapping[str, StoredTensor]
+Precisions = Mapping[str, str]  # linear layer -> what it is not fp32 in (`export/linear.py`)
 F32, I64, I32, U8 = np.float32, np.int64, np.int32, np.uint8
-LAYER_NORM_EPS = 1e-5
 HEAD_PIECES = 3  # shift, scale, gate of a head block
 FINAL_PIECES = 2  # scale, shift in front of the output
 
 
-def build_graphs(spec: ModelSpec, weights: Weights) -> dict[str, onnx.ModelProto]:
+def build_graphs(spec: ModelSpec, weights: Weights, precisions: Precisions | None = None) -> dict[str, onnx.ModelProto]:
     """All graphs of a bundle by name."""
+
+    def builder(*, onnxruntime: bool = False) -> GraphBuilder:
+        return GraphBuilder(weights, precisions, onnxruntime=onnxruntime)
+
     return {
-        "modulation": modulation_graph(spec, weights),
-        "trunk": trunk_graph(spec, weights),
-        "mask_ratio": mask_ratio_graph(spec, weights),
-        "head_modulation": head_modulation_graph(spec, weights),
-        "head_pass": head_pass_graph(spec, weights),
-        "decode": decode_graph(spec, weights),
-        "step_onnxruntime": step_graph(spec, weights),
+        "modulation": modulation_graph(builder(), spec),
+        "trunk": trunk_graph(builder(), spec),
+        "mask_ratio": mask_ratio_graph(builder(), spec),
+        "head_modulation": head_modulation_graph(builder(), spec),
+        "head_pass": head_pass_graph(builder(), spec),
+        "decode": decode_graph(builder(), spec),
+        "onnxruntime_modulation": modulation_graph(builder(onnxruntime=True), spec),
+        "onnxruntime_step": step_graph(builder(onnxruntime=True), spec),
+        "onnxruntime_decode": decode_graph(builder(onnxruntime=True), spec),
     }
 
 
-def modulation_graph(spec: ModelSpec, weights: Weights) -> onnx.ModelProto:
-    """class_id [U], positions [T] -> modulation [T, 6L, U, D] (section 2, "Modulation input" and "Block").
+def modulation_graph(g: GraphBuilder, spec: ModelSpec, *, probe: bool = False) -> onnx.ModelProto:
+    """class_id [U], positions [T] -> modulation [T, 6L, U, D] (section 2, "Modulation" and "Block").
 
     Rows of the second dimension: shift, scale, gate for attention, then for the MLP, layer by layer. Scales already
     contain the 1 and the norm's weight.
     """
-    g = GraphBuilder(weights)
     class_id = g.input("class_id", I64, ["U"], "0..C-1, or C for the unconditional embedding")
     positions = g.input("positions", I64, ["T"], "sequence positions, 0..F+N-1")
     rows = g.op("Add", class_id, g.constant([3], I64))
     embedding = g.op("Gather", g.weight("symbol_embedding"), rows)  # [U, D]
     steps = g.op("Unsqueeze", g.op("Gather", g.weight("timesteps_embeddings"), positions), g.constant([1], I64))
     m = g.op("Reshape", g.op("Add", steps, embedding), g.constant([-1, spec.hidden_size], I64))  # [T*U, D]
-    m = g.op("Mul", m, g.op("Sigmoid", m))
+    m = _silu(g, m)
     split = g.op(
-        "Concat",
-        g.op("Shape", positions), g.op("Shape", class_id), g.constant([6, spec.hidden_size], I64), axis=0,
-    )  # fmt: skip
+        "Concat", g.op("Shape", positions), g.op("Shape", class_id), g.constant([6, spec.hidden_size], I64), axis=0
+    )
     layers = []
     for i in range(spec.num_layers):
-        flat = _linear(g, m, f"blocks.{i}.adaLN_modulation.1")  # [T*U, 6D]
+        flat = linear(g, m, f"blocks.{i}.adaLN_modulation.1")  # [T*U, 6D]
         layers.append(g.op("Transpose", g.op("Reshape", flat, split), perm=[0, 2, 1, 3]))  # [T, 6, U, D]
     g.op("Concat", *layers, axis=1, name="modulation")
     g.output("modulation", F32, ["T", 6 * spec.num_layers, "U", spec.hidden_size])
+    if probe:
+        _probe_inputs(g)
     return g.model("modulation", "adaLN of many positions in one product")
 
 
-def trunk_graph(spec: ModelSpec, weights: Weights) -> onnx.ModelProto:
+def trunk_graph(g: GraphBuilder, spec: ModelSpec) -> onnx.ModelProto:
     """T new positions of every row -> latent [rows, W] of the last one, caches updated in place (section 2)."""
-    g = GraphBuilder(weights)
-    latent = _trunk(g, spec, onnxruntime=False)
-    g.op("Identity", latent, name="latent")
+    g.op("Identity", _trunk(g, spec), name="latent")
     g.output("latent", F32, ["rows", spec.head_width], "conditions the next token")
     return g.model("trunk", "prefix (T = F) and token step (T = 1) over a preallocated KV cache")
 
 
-def mask_ratio_graph(spec: ModelSpec, weights: Weights) -> onnx.ModelProto:
+def mask_ratio_graph(g: GraphBuilder, spec: ModelSpec) -> onnx.ModelProto:
     """mask_ratio [S] -> ratio_embedding [S, W] (section 3): constant for an allocation."""
-    g = GraphBuilder(weights)
     ratio = g.input("mask_ratio", F32, ["S"], "fraction of bits still masked at each pass")
     angle = g.op("Mul", g.op("Unsqueeze", ratio, g.constant([1], I64)), g.weight("lm_head.t_embedder.W"))
     angle = g.op("Mul", angle, g.constant(2 * np.pi, F32))
-    x = g.op("Concat", g.op("Sin", angle), g.op("Cos", angle), axis=-1)
-    x = _linear(g, x, "lm_head.t_embedder.mlp.0")
-    _linear(g, g.op("Mul", x, g.op("Sigmoid", x)), "lm_head.t_embedder.mlp.2", name="ratio_embedding")
+    x = linear(g, g.op("Concat", g.op("Sin", angle), g.op("Cos", angle), axis=-1), "lm_head.t_embedder.mlp.0")
+    linear(g, _silu(g, x), "lm_head.t_embedder.mlp.2", name="ratio_embedding")
     g.output("ratio_embedding", F32, ["S", spec.head_width])
     return g.model("mask_ratio", "embedding of the mask ratios of an allocation")
 
 
-def head_modulation_graph(spec: ModelSpec, weights: Weights) -> onnx.ModelProto:
+def head_modulation_graph(g: GraphBuilder, spec: ModelSpec) -> onnx.ModelProto:
     """latent [rows, W], ratio_embedding [S, W] -> modulation.i [S, rows, 3W] of each block, and of the output, 2W."""
-    g = GraphBuilder(weights)
     latent = g.input("latent", F32, ["rows", spec.head_width])
     ratio = g.input("ratio_embedding", F32, ["S", spec.head_width])
-    for i, (value, pieces) in enumerate(_head_modulation(g, spec, latent, ratio, onnxruntime=False)):
+    for i, (value, pieces) in enumerate(_head_modulation(g, spec, latent, ratio)):
         g.op("Identity", value, name=f"modulation.{i}")
         g.output(f"modulation.{i}", F32, ["S", "rows", pieces * spec.head_width])
     return g.model("head_modulation", "adaLN of the head for all passes in one product")
 
 
-def head_pass_graph(spec: ModelSpec, weights: Weights) -> onnx.ModelProto:
+def head_pass_graph(g: GraphBuilder, spec: ModelSpec) -> onnx.ModelProto:
     """One pass of the masked-bit head (section 3): known, bits [B, K] -> logits [rows, K, 2]."""
-    g = GraphBuilder(weights)
     k, w = spec.bits_per_token, spec.head_width
     known = g.input("known", np.bool_, ["images", k], "false where the bit is masked")
     bits = g.input("bits", np.bool_, ["images", k], "ignored where not known")
@@ -119,20 +119,19 @@ def head_pass_graph(spec: ModelSpec, weights: Weights) -> onnx.ModelProto:
     ]
     rows = g.op("Gather", g.op("Shape", modulation[0]), g.constant(0, I64))
     image_of_row = _image_of_row(g, rows, g.op("Gather", g.op("Shape", known), g.constant(0, I64)))
-    logits = _head_pass(g, spec, known, g.op("And", bits, known), modulation, image_of_row, onnxruntime=False)
+    logits = _head_pass(g, spec, known, g.op("And", bits, known), modulation, image_of_row)
     g.op("Identity", logits, name="logits")
     g.output("logits", F32, ["rows", k, 2])
     return g.model("head_pass", "one pass of the masked-bit head")
 
 
-def decode_graph(spec: ModelSpec, weights: Weights) -> onnx.ModelProto:
+def decode_graph(g: GraphBuilder, spec: ModelSpec, *, probe: bool = False) -> onnx.ModelProto:
     """bits [B, cells, token_size] of the fine grid -> image [B, 3, H, W] as it leaves conv_out (section 5)."""
-    g = GraphBuilder(weights)
     cells, grid, p, size = spec.image_seq_len, spec.grid_size, spec.decoder_patch_size, spec.image_size
-    width = weights["decoder.class_embedding"].shape[-1]
+    width = g.shape_of("decoder.class_embedding")[-1]
     head_dim = width // DECODER_HEADS
     bits = g.input("bits", F32, ["images", cells, spec.token_size], "0 or 1, cells in raster order")
-    x = _linear(g, g.op("Reshape", bits, g.constant([-1, spec.token_size], I64)), "quantize.out_proj")
+    x = linear(g, g.op("Reshape", bits, g.constant([-1, spec.token_size], I64)), "quantize.out_proj")
     x = g.op("Reshape", x, g.constant([-1, cells, width], I64))
     images = g.op("Shape", bits, start=0, end=1)
     first_shape = g.op("Concat", images, g.constant([1, width], I64), axis=0)
@@ -141,40 +140,52 @@ def decode_graph(spec: ModelSpec, weights: Weights) -> onnx.ModelProto:
     x = g.op("Reshape", x, g.constant([-1, width], I64))  # [B*(1+cells), width]
     x = _layer_norm(g, x, "decoder.ln_pre")
     heads = g.constant([-1, 1 + cells, 3, DECODER_HEADS, head_dim], I64)
-    for i in range(sum(name.endswith(".attn.proj.bias") and name.startswith("decoder.") for name in weights)):
+    i = 0
+    while g.has(f"decoder.transformer.{i}.norm1.weight"):
         block = f"decoder.transformer.{i}"
-        qkv = g.op("Reshape", _linear(g, _layer_norm(g, x, f"{block}.norm1"), f"{block}.attn.qkv"), heads)
+        qkv = g.op("Reshape", linear(g, _layer_norm(g, x, f"{block}.norm1"), f"{block}.attn.qkv"), heads)
         q, k, v = g.op("Split", g.op("Transpose", qkv, perm=[2, 0, 3, 1, 4]), axis=0, num_outputs=3, outputs=3)
         q, k, v = (g.op("Squeeze", part, g.constant([0], I64)) for part in (q, k, v))  # [B, heads, 1+cells, d]
         out = g.op("Transpose", g.op("Attention", q, k, v), perm=[0, 2, 1, 3])
         out = g.op("Reshape", out, g.constant([-1, width], I64))
-        x = g.op("Add", x, _linear(g, out, f"{block}.attn.proj"))
-        hidden = g.op("Gelu", _linear(g, _layer_norm(g, x, f"{block}.norm2"), f"{block}.mlp.fc1"))
-        x = g.op("Add", x, _linear(g, hidden, f"{block}.mlp.fc2"))
+        x = g.op("Add", x, linear(g, out, f"{block}.attn.proj"))
+        hidden = g.op("Gelu", linear(g, _layer_norm(g, x, f"{block}.norm2"), f"{block}.mlp.fc1"))
+        x = g.op("Add", x, linear(g, hidden, f"{block}.mlp.fc2"))
+        i += 1
     x = g.op("Reshape", x, g.constant([-1, 1 + cells, width], I64))
     x = g.op("Slice", x, g.constant([1], I64), g.constant([1 + cells], I64), g.constant([1], I64))
     x = _layer_norm(g, g.op("Reshape", x, g.constant([-1, width], I64)), "decoder.ln_post")
-    x = _linear(g, x, "decoder.ffn.0")  # [B*cells, p*p*3]
+    x = linear(g, x, "decoder.ffn.0")  # [B*cells, p*p*3]
     x = g.op("Reshape", x, g.constant([-1, grid, grid, p, p, 3], I64))
     x = g.op("Reshape", g.op("Transpose", x, perm=[0, 5, 1, 3, 2, 4]), g.constant([-1, 3, size, size], I64))
     conv = (g.weight("decoder.conv_out.weight"), g.weight("decoder.conv_out.bias"))
     g.op("Conv", x, *conv, kernel_shape=[3, 3], pads=[1, 1, 1, 1], name="image")
     g.output("image", F32, ["images", 3, size, size], "RGB, about -1 to 1, not clamped")
+    if probe:
+        _probe_inputs(g)
     return g.model("decode", "tokenizer decoder")
 
 
-def step_graph(spec: ModelSpec, weights: Weights) -> onnx.ModelProto:
-    """The fused step of ONNX Runtime: trunk, then S head passes with sampling -> drawn [B, K] (section 4)."""
-    g = GraphBuilder(weights)
+def step_graph(g: GraphBuilder, spec: ModelSpec, *, probe: bool = False) -> onnx.ModelProto:
+    """The fused step of ONNX Runtime: trunk, then S head passes with sampling -> drawn [B, K] (section 4).
+
+    With `probe` the graph computes the same and tells more: the input of every linear layer (`input:LAYER`, those of
+    the head with a leading S), guided `logits` [S, B, K, 2], and `known` [S, B, K], which bits each pass began with.
+    It can then also be led: where `forced` is true, passes begin with `forced_known` and `forced_bits` [S, B, K].
+    """
     k, w = spec.bits_per_token, spec.head_width
-    latent = _trunk(g, spec, onnxruntime=True)
+    latent = _trunk(g, spec)
     ratio = g.input("ratio_embedding", F32, ["S", w], "output of mask_ratio for this allocation")
     guidance = g.input("guidance", F32, [], "scale of this token; unused where rows = images")
     temperature = g.input("temperature", F32, ["S", 1], "of each pass")
     remask = g.input("remask_count", I64, ["S", 1], "bits left masked after each pass; 0 in the last")
     gumbel_bits = g.input("gumbel_bits", F32, ["S", "images", k, 2])
     gumbel_confidence = g.input("gumbel_confidence", F32, ["S", "images", k])
-    modulation = [value for value, _ in _head_modulation(g, spec, latent, ratio, onnxruntime=True)]
+    scanned = [value for value, _ in _head_modulation(g, spec, latent, ratio)]
+    scanned += [temperature, remask, gumbel_bits, gumbel_confidence]
+    if probe:
+        scanned += [g.input(name, np.bool_, ["S", "images", k]) for name in ("forced_known", "forced_bits")]
+        g.input("forced", np.bool_, [])
     images = g.op("Gather", g.op("Shape", gumbel_bits), g.constant(1, I64))
     rows = g.op("Gather", g.op("Shape", latent), g.constant(0, I64))
     image_of_row = _image_of_row(g, rows, images)
@@ -186,12 +197,19 @@ def step_graph(spec: ModelSpec, weights: Weights) -> onnx.ModelProto:
     body = g.subgraph()
     state = ["images", k]
     masked_in, bits_in = body.input("masked_in", np.bool_, state), body.input("bits_in", np.bool_, state)
-    slices = [body.input(f"modulation_{i}", F32, ["rows", None]) for i in range(len(modulation))]  # type: ignore[list-item]
+    modulation = [
+        body.input(f"modulation_{i}", F32, ["rows", pieces * w])
+        for i, pieces in enumerate([HEAD_PIECES] * spec.head_layers + [FINAL_PIECES])
+    ]
     t, count = body.input("pass_temperature", F32, [1]), body.input("pass_remask_count", I64, [1])
     noise, confidence_noise = body.input("noise", F32, [*state, 2]), body.input("confidence_noise", F32, state)
     known = body.op("Not", masked_in)
+    if probe:
+        known = _led(body, known, body.input("pass_forced_known", np.bool_, state))
+        bits_in = _led(body, bits_in, body.input("pass_forced_bits", np.bool_, state))
+        masked_in = body.op("Not", known)
     known_ones = body.op("And", bits_in, known)
-    logits = _head_pass(body, spec, known, known_ones, slices, image_of_row, onnxruntime=True)
+    logits = _head_pass(body, spec, known, known_ones, modulation, image_of_row)
     c, u = body.op("Gather", logits, conditional), body.op("Gather", logits, unconditional)
     logits = body.op("Add", u, body.op("Mul", guidance, body.op("Sub", c, u)))  # [B, K, 2]
     logit0, logit1 = _last_pair(body, logits)
@@ -209,19 +227,42 @@ def step_graph(spec: ModelSpec, weights: Weights) -> onnx.ModelProto:
     body.op("Identity", drawn, name="bits_out")
     body.output("masked_out", np.bool_, state)
     body.output("bits_out", np.bool_, state)
-    scanned = [*modulation, temperature, remask, gumbel_bits, gumbel_confidence]
-    _, final = g.op(
-        "Scan", masked, g.op("Not", masked), *scanned,
-        outputs=2, num_scan_inputs=len(scanned), body=body.graph("head_passes"),
-    )  # fmt: skip
-    g.op("Cast", final, to=onnx.TensorProto.UINT8, name="drawn")
+    outputs = ["final_masked", "final_bits"]
+    if probe:
+        for name, value, dtype, shape in (("logits", logits, F32, [*state, 2]), ("known", known, np.bool_, state)):
+            body.op("Identity", value, name=f"pass_{name}")
+            body.output(f"pass_{name}", dtype, shape)
+            g.output(name, dtype, ["S", *shape])
+            outputs.append(name)
+        for layer, value in body.linear_inputs:
+            body.op("Identity", value, name=f"pass_input:{layer}")
+            body.output(f"pass_input:{layer}", F32, ["rows", None])
+            g.output(f"input:{layer}", F32, ["S", "rows", None])
+            outputs.append(f"input:{layer}")
+    initial = (masked, g.op("Not", masked), *scanned)
+    g.node("Scan", initial, outputs, num_scan_inputs=len(scanned), body=body.graph("head_passes"))
+    g.op("Cast", "final_bits", to=onnx.TensorProto.UINT8, name="drawn")
     g.output("drawn", U8, ["images", k], "the bits of this token")
     g.op("Identity", latent, name="latent")
     g.output("latent", F32, ["rows", w])
-    return g.model("step_onnxruntime", "trunk, head passes and sampling of one token for ONNX Runtime")
+    if probe:
+        _probe_inputs(g)
+    return g.model("onnxruntime_step", "trunk, head passes and sampling of one token for ONNX Runtime")
 
 
-def _trunk(g: GraphBuilder, spec: ModelSpec, *, onnxruntime: bool) -> str:
+def _probe_inputs(g: GraphBuilder) -> None:
+    """Make the input of every linear layer of this graph an output."""
+    for layer, value in g.linear_inputs:
+        g.op("Identity", value, name=f"input:{layer}")
+        g.output(f"input:{layer}", F32, ["M", None])
+
+
+def _led(g: GraphBuilder, own: str, forced: str) -> str:
+    """`forced` where the graph is led, `own` otherwise."""
+    return str(g.op("Or", g.op("And", "forced", forced), g.op("And", g.op("Not", "forced"), own)))
+
+
+def _trunk(g: GraphBuilder, spec: ModelSpec) -> str:
     """Declare the trunk's inputs and outputs and write its nodes; returns the latent [rows, W]."""
     d, heads, head_dim = spec.hidden_size, spec.num_heads, spec.head_dim
     symbols = g.input("symbols", I64, ["rows", "T"], "rows of symbol_embedding: class, first position or a token")
@@ -229,9 +270,9 @@ def _trunk(g: GraphBuilder, spec: ModelSpec, *, onnxruntime: bool) -> str:
     own = g.input("positions", I64, ["rows_T"], "table row of each position: 0..F-1, or F + its grid index")
     target = g.input("targets", I64, ["rows_T"], "table row of what it predicts: F + grid index")
     modulation = g.input("modulation", F32, [6 * spec.num_layers, "rows_T", d], "from the modulation graph")
-    cache = _Cache(g, spec, symbols, onnxruntime=onnxruntime)
+    cache = _Cache(g, spec, symbols)
 
-    x = _linear(g, bits, "bit_embedding", bias=None, transposed=False)  # [rows*T, D]
+    x = table_sum(g, bits, "bit_embedding")  # [rows*T, D]
     embedded = g.op("Gather", g.weight("symbol_embedding"), g.op("Reshape", symbols, g.constant([-1], I64)))
     x = g.op("Add", x, embedded)
     x = g.op("Add", x, g.op("Gather", g.weight("pos_embed"), own))
@@ -248,8 +289,8 @@ def _trunk(g: GraphBuilder, spec: ModelSpec, *, onnxruntime: bool) -> str:
     for i in range(spec.num_layers):
         block = f"blocks.{i}"
         shift1, scale1, gate1, shift2, scale2, gate2 = pieces[6 * i : 6 * i + 6]
-        x, normed = _add_norm(g, x, residual, d, onnxruntime=onnxruntime)
-        qkv = _linear(g, g.op("Add", g.op("Mul", normed, scale1), shift1), f"{block}.attn.qkv")
+        x, normed = _add_norm(g, x, residual, d)
+        qkv = linear(g, g.op("Add", g.op("Mul", normed, scale1), shift1), f"{block}.attn.qkv")
         qk, v = g.op("Split", qkv, g.constant([2 * d, d], I64), axis=1, outputs=2)
         qk = _rms_norm(g, g.op("Reshape", qk, g.constant([-1, 2 * heads, head_dim], I64)), _ones(g, head_dim))
         qk = g.op("Mul", qk, g.weight(f"{block}.attn.qk_norm.weight"))
@@ -257,25 +298,25 @@ def _trunk(g: GraphBuilder, spec: ModelSpec, *, onnxruntime: bool) -> str:
             "RotaryEmbedding", qk, g.weight("rope_cos"), g.weight("rope_sin"), rope_rows, interleaved=1, num_heads=1
         )  # heads stand in the place of the sequence
         out = g.op("Reshape", cache.attend(i, qk, v), g.constant([-1, d], I64))
-        residual = g.op("Mul", gate1, _linear(g, out, f"{block}.attn.proj"))
-        x, normed = _add_norm(g, x, residual, d, onnxruntime=onnxruntime)
+        residual = g.op("Mul", gate1, linear(g, out, f"{block}.attn.proj"))
+        x, normed = _add_norm(g, x, residual, d)
         hidden = g.op("Add", g.op("Mul", normed, scale2), shift2)
-        residual = g.op("Mul", gate2, _swiglu(g, hidden, f"{block}.mlp", onnxruntime=onnxruntime))
+        residual = g.op("Mul", gate2, _swiglu(g, hidden, f"{block}.mlp"))
     x = g.op("Reshape", g.op("Add", x, residual), cache.sequence_shape)  # [rows, T, D]
     last = g.op("Gather", x, g.constant(-1, I64), axis=1)
-    return str(_linear(g, _rms_norm(g, last, _ones(g, d)), "latent_condition_proj"))
+    return linear(g, _rms_norm(g, last, _ones(g, d)), "latent_condition_proj")
 
 
 class _Cache:
     """The KV cache of one graph: inputs, in-place update and attention over what is filled."""
 
-    def __init__(self, g: GraphBuilder, spec: ModelSpec, symbols: str, *, onnxruntime: bool) -> None:
-        self._g, self._spec, self._onnxruntime = g, spec, onnxruntime
+    def __init__(self, g: GraphBuilder, spec: ModelSpec, symbols: str) -> None:
+        self._g, self._spec = g, spec
         d, head_dim = spec.hidden_size, spec.head_dim
         shape = ["rows", spec.num_heads, spec.prefix_length + spec.num_tokens, head_dim]
         self.sequence_shape = g.op("Concat", g.op("Shape", symbols), g.constant([d], I64), axis=0)  # rows, T, D
         self._pair_shape = g.op("Concat", g.op("Shape", symbols), g.constant([2 * d], I64), axis=0)
-        if onnxruntime:
+        if g.onnxruntime:
             self._last = g.input("last_position", I32, ["rows"], "sequence position of the last new position")
             self._filled = g.input("filled", I32, [1], "positions in the cache after this call")
         else:
@@ -303,16 +344,11 @@ class _Cache:
         qk = g.op("Reshape", qk, self._pair_shape)  # [rows, T, 2D]
         q, k = g.op("Split", qk, axis=2, num_outputs=2, outputs=2)
         v = g.op("Reshape", v, self.sequence_shape)
-        if self._onnxruntime:
+        if g.onnxruntime:
             heads = self._spec.num_heads
-            g.node(
-                "GroupQueryAttention",
-                (q, k, v, *past, self._last, self._filled),
-                (out, *present),
-                domain=MICROSOFT,
-                num_heads=heads,
-                kv_num_heads=heads,
-            )
+            operands = (q, k, v, *past, self._last, self._filled)
+            outputs = (out, *present)
+            g.node("GroupQueryAttention", operands, outputs, domain=MICROSOFT, num_heads=heads, kv_num_heads=heads)
             return out
         q, k, v = (
             g.op("Transpose", g.op("Reshape", x, self._heads_shape), perm=[0, 2, 1, 3]) for x in (q, k, v)
@@ -323,44 +359,34 @@ class _Cache:
         return out
 
 
-def _head_modulation(
-    g: GraphBuilder, spec: ModelSpec, latent: str, ratio: str, *, onnxruntime: bool
-) -> list[tuple[str, int]]:
+def _head_modulation(g: GraphBuilder, spec: ModelSpec, latent: str, ratio: str) -> list[tuple[str, int]]:
     """For each head block, then the output: (modulation [S, rows, pieces*W], pieces)."""
     w = spec.head_width
     c = g.op("Add", g.op("Unsqueeze", ratio, g.constant([1], I64)), latent)  # [S, rows, W]
     shape = g.op("Concat", g.op("Shape", c, start=0, end=2), g.constant([-1], I64), axis=0)
-    c = _silu(g, _silu(g, c, onnxruntime=onnxruntime), onnxruntime=onnxruntime)
-    c = g.op("Reshape", c, g.constant([-1, w], I64))
+    c = g.op("Reshape", _silu(g, _silu(g, c)), g.constant([-1, w], I64))
     names = [(f"lm_head.transformer.{i}", HEAD_PIECES) for i in range(spec.head_layers)]
     names.append(("lm_head.adaln_before_head", FINAL_PIECES))
-    return [(g.op("Reshape", _linear(g, c, f"{name}.adaLN_modulation.1"), shape), n) for name, n in names]
+    return [(g.op("Reshape", linear(g, c, f"{name}.adaLN_modulation.1"), shape), n) for name, n in names]
 
 
 def _head_pass(
-    g: GraphBuilder,
-    spec: ModelSpec,
-    known: str,
-    known_ones: str,
-    modulation: list[str],
-    image_of_row: str,
-    *,
-    onnxruntime: bool,
+    g: GraphBuilder, spec: ModelSpec, known: str, known_ones: str, modulation: list[str], image_of_row: str
 ) -> str:
     """known, known_ones [B, K] bool, modulation of each block [rows, 3W] and of the output -> logits [rows, K, 2]."""
     w = spec.head_width
     state = g.op("Cast", g.op("Concat", known, known_ones, axis=1), to=onnx.TensorProto.FLOAT)  # [B, 2K]
-    x = _linear(g, state, "lm_head.bit_embedding", bias="lm_head.masked_embedding", transposed=False)
+    x = table_sum(g, state, "lm_head.bit_embedding", "lm_head.masked_embedding")
     x = g.op("Gather", _rms_norm(g, x, g.weight("lm_head.ln_pre.weight")), image_of_row)  # [rows, W]
     residual: str | None = None
     for i in range(spec.head_layers):
         shift, scale, gate = g.op("Split", modulation[i], axis=1, num_outputs=HEAD_PIECES, outputs=HEAD_PIECES)
-        x, normed = _add_norm(g, x, residual, w, onnxruntime=onnxruntime)
+        x, normed = _add_norm(g, x, residual, w)
         hidden = g.op("Add", g.op("Mul", normed, scale), shift)
-        residual = g.op("Mul", gate, _swiglu(g, hidden, f"lm_head.transformer.{i}.mlp", onnxruntime=onnxruntime))
+        residual = g.op("Mul", gate, _swiglu(g, hidden, f"lm_head.transformer.{i}.mlp"))
     scale, shift = g.op("Split", modulation[-1], axis=1, num_outputs=FINAL_PIECES, outputs=FINAL_PIECES)
-    _, normed = _add_norm(g, x, residual, w, onnxruntime=onnxruntime)
-    logits = _linear(g, g.op("Add", g.op("Mul", normed, scale), shift), "lm_head.output_embed")
+    _, normed = _add_norm(g, x, residual, w)
+    logits = linear(g, g.op("Add", g.op("Mul", normed, scale), shift), "lm_head.output_embed")
     return str(g.op("Reshape", logits, g.constant([-1, spec.bits_per_token, 2], I64)))
 
 
@@ -374,23 +400,13 @@ def _last_pair(g: GraphBuilder, x: str) -> tuple[str, str]:
     return zero, one
 
 
-def _linear(
-    g: GraphBuilder, x: str, layer: str, *, bias: str | None = "", transposed: bool = True, name: str = ""
-) -> str:
-    """x [M, in] times a weight stored [out, in] (or [in, out] if not transposed), plus its bias."""
-    inputs = [x, g.weight(f"{layer}.weight" if transposed else layer)]
-    if bias is not None:
-        inputs.append(g.weight(bias or f"{layer}.bias"))
-    return str(g.op("Gemm", *inputs, transB=int(transposed), name=name))
+def _swiglu(g: GraphBuilder, x: str, name: str) -> str:
+    x1, x2 = g.op("Split", linear(g, x, f"{name}.w12"), axis=1, num_outputs=2, outputs=2)
+    return linear(g, g.op("Mul", _silu(g, x1), x2), f"{name}.w3")
 
 
-def _swiglu(g: GraphBuilder, x: str, name: str, *, onnxruntime: bool) -> str:
-    x1, x2 = g.op("Split", _linear(g, x, f"{name}.w12"), axis=1, num_outputs=2, outputs=2)
-    return _linear(g, g.op("Mul", _silu(g, x1, onnxruntime=onnxruntime), x2), f"{name}.w3")
-
-
-def _silu(g: GraphBuilder, x: str, *, onnxruntime: bool) -> str:
-    if onnxruntime:
+def _silu(g: GraphBuilder, x: str) -> str:
+    if g.onnxruntime:
         return str(g.op("QuickGelu", x, domain=MICROSOFT, alpha=1.0))
     return str(g.op("Swish", x))
 
@@ -400,20 +416,17 @@ def _ones(g: GraphBuilder, width: int) -> str:
 
 
 def _rms_norm(g: GraphBuilder, x: str, weight: str) -> str:
-    return str(g.op("RMSNormalization", x, weight, epsilon=EPS, axis=-1))
+    return str(g.op("RMSNormalization", x, weight, epsilon=RMS_NORM_EPS, axis=-1))
 
 
-def _add_norm(g: GraphBuilder, x: str, residual: str | None, width: int, *, onnxruntime: bool) -> tuple[str, str]:
+def _add_norm(g: GraphBuilder, x: str, residual: str | None, width: int) -> tuple[str, str]:
     """x + residual, and its RMS norm without weight."""
     if residual is None:
         return x, _rms_norm(g, x, _ones(g, width))
-    if onnxruntime:
-        normed = f"{residual}/norm"
-        total = f"{residual}/sum"
-        g.node(
-            "SkipSimplifiedLayerNormalization", (x, residual, _ones(g, width)), (normed, "", "", total),
-            domain=MICROSOFT, epsilon=EPS,
-        )  # fmt: skip
+    if g.onnxruntime:
+        normed, total = f"{residual}/norm", f"{residual}/sum"
+        operands, outputs = (x, residual, _ones(g, width)), (normed, "", "", total)
+        g.node("SkipSimplifiedLayerNormalization", operands, outputs, domain=MICROSOFT, epsilon=RMS_NORM_EPS)
         return total, normed
     total = str(g.op("Add", x, residual))
     return total, _rms_norm(g, total, _ones(g, width))

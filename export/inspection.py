@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+
 from bar_edge.export.checkpoint import Tensors, generator_shapes, read_state_dict
 from bar_edge.runtime.errors import CheckpointError
 from bar_edge.runtime.onnx_locations import external_locations

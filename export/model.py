@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from bar_edge.export.checkpoint import DECODER_HEADS, Checkpoint
-from bar_edge.runtime.noise import NoiseSource
-from bar_edge.runtime.sampling import guidance_at
-from bar_edge.runtime.spec import ModelSpec, Recipe
 from torch import Tensor, nn
 
-EPS = 1e-6
+from bar_edge.export.checkpoint import Checkpoint
+from bar_edge.runtime.noise import NoiseSource
+from bar_edge.runtime.sampling import guidance_at
+from bar_edge.runtime.spec import DECODER_HEADS, LAYER_NORM_EPS, RMS_NORM_EPS, ModelSpec, Recipe
 
 
 class RMSNorm(nn.Module):
@@ -25,7 +24,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), self.weight.shape, None, EPS).to(x.dtype)
+        normed = F.rms_norm(x.float(), self.weight.shape, None, RMS_NORM_EPS).to(x.dtype)
         return normed * self.weight
 
 
@@ -336,9 +335,9 @@ class DecoderMlp(nn.Module):
 class DecoderBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = nn.LayerNorm(width, LAYER_NORM_EPS)
         self.attn = DecoderAttention(width)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width, LAYER_NORM_EPS)
         self.mlp = DecoderMlp(width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -351,9 +350,9 @@ class _Decoder(nn.Module):
         super().__init__()
         self.class_embedding = nn.Parameter(torch.empty(1, width))
         self.positional_embedding = nn.Parameter(torch.empty(1 + cells, width))
-        self.ln_pre = nn.LayerNorm(width)
+        self.ln_pre = nn.LayerNorm(width, LAYER_NORM_EPS)
         self.transformer = nn.ModuleList(DecoderBlock(width) for _ in range(layers))
-        self.ln_post = nn.LayerNorm(width)
+        self.ln_post = nn.LayerNorm(width, LAYER_NORM_EPS)
         self.ffn = nn.Sequential(nn.Conv2d(width, 3 * pixels**2, 1))
         self.conv_out = nn.Conv2d(3, 3, 3, padding=1)
 

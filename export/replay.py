@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+
 from bar_edge.export.model import Generator
 from bar_edge.runtime.noise import NoiseSource, gumbel
 from bar_edge.runtime.sampling import Schedule, guidance_at, sample_token, to_tokens
 from bar_edge.runtime.spec import Recipe
-from numpy.typing import NDArray
 
 TIE = 1e-4  # of the largest logit: a closer decision may fall either way in float32
 

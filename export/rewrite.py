@@ -1,4 +1,4 @@
-"""The exact algebra of spec section 6: the same function of the same weights, fewer bytes read per token.
+"""The exact algebra of docs/model.md section 6: the same function of the same weights, fewer bytes read per token.
 
 `rewrite` turns a checkpoint into the tensors the graphs use. Values are computed in float32 (float64 inside sums that
 replace a product) and only when they are written, so that the model is never in memory twice. What changes:
@@ -14,11 +14,12 @@ Tensors that keep their meaning keep their checkpoint name; new ones are named i
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+
 from bar_edge.export.checkpoint import Checkpoint
 from bar_edge.runtime.errors import CheckpointError
 from bar_edge.runtime.spec import ModelSpec
 from bar_edge.runtime.weights import PendingTensor
-from numpy.typing import NDArray
 
 PADDING = 128
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from bar_edge.export.checkpoint import Checkpoint
 from bar_edge.export.model import build_decoder, build_generator
 from bar_edge.export.replay import TIE, replay

@@ -11,10 +11,11 @@ from types import ModuleType
 from typing import Annotated, Any
 
 import typer
-from bar_edge.runtime.errors import BarEdgeError, RequestError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from bar_edge.runtime.errors import BarEdgeError, RequestError
 
 app = typer.Typer(
     help="Run trained BAR image generators without PyTorch: export, generate, verify.",

@@ -16,6 +16,9 @@ from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
 from bar_edge.runtime import engines
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines import Batch
@@ -23,8 +26,6 @@ from bar_edge.runtime.errors import EngineError, RequestError
 from bar_edge.runtime.noise import NoiseSource, SeededNoise
 from bar_edge.runtime.sampling import to_fine_grid, to_uint8
 from bar_edge.runtime.spec import Recipe
-from numpy.typing import NDArray
-from PIL import Image
 
 DEFAULT_BATCH_SIZE = 8
 Order = Literal["raster", "random"]

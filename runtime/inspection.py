@@ -10,7 +10,7 @@ from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.spec import VARIANTS
 from bar_edge.runtime.weights import StoredTensor
 
-# what is read once per token, once per head pass, once per image (spec section 6); tables are read by the row
+# what is read once per token, once per head pass, once per image (docs/model.md section 6); tables are read by the row
 _PER_TOKEN = re.compile(r"blocks\.\d+\.(attn|mlp)\.|latent_condition_proj\.|lm_head\..*adaLN_modulation\.")
 _PER_PASS = re.compile(r"lm_head\.(transformer\.\d+\.mlp|output_embed|bit_embedding)")
 _PER_IMAGE = re.compile(r"blocks\.\d+\.adaLN_modulation\.|decoder\.|quantize\.")

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from bar_edge.runtime.errors import RequestError
 from numpy.typing import NDArray
+
+from bar_edge.runtime.errors import RequestError
 
 Floats = NDArray[np.float32]
 
@@ -124,7 +125,7 @@ def raster_orders(images: int, tokens: int) -> NDArray[np.int64]:
 
 
 def gumbel(u: Floats) -> Floats:
-    """Gumbel noise from uniforms in [0, 1), in float32 as spec section 4.3 writes it."""
+    """Gumbel noise from uniforms in [0, 1), in float32 as docs/model.md section 4.3 writes it."""
     tiny = np.float32(1e-20)
     return np.asarray(-np.log(np.maximum(-np.log(np.maximum(u, tiny)), tiny)), dtype=np.float32)
 

@@ -1,4 +1,4 @@
-"""The masked-bit sampling loop in numpy: the readable statement of spec section 4.
+"""The masked-bit sampling loop in numpy: the readable statement of docs/model.md section 4.
 
 Engines run the same loop inside their graphs or kernels; tests hold them to this one bit by bit. Everything an engine
 needs besides the model is here too: the schedule of an allocation, and the way bits travel between tokens, the fine
@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from bar_edge.runtime.spec import ModelSpec, Recipe
 from numpy.typing import NDArray
+
+from bar_edge.runtime.spec import ModelSpec, Recipe
 
 Floats = NDArray[np.float32]
 Bits = NDArray[np.uint8]

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from bar_edge.runtime.bundle import SELFTEST
 from bar_edge.runtime.errors import BundleError
 from bar_edge.runtime.generator import Generator
 from bar_edge.runtime.noise import SeededNoise
 from bar_edge.runtime.sampling import to_uint8
-from numpy.typing import NDArray
 
 PIXEL_TOLERANCE = 1  # levels: truncation to uint8 may fall either way
 LATENT_TOLERANCE = 1e-3  # of the largest value, fp32

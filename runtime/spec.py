@@ -12,6 +12,10 @@ from typing import Any
 
 from bar_edge.runtime.errors import RequestError
 
+RMS_NORM_EPS = 1e-6
+LAYER_NORM_EPS = 1e-5
+DECODER_HEADS = 16  # fixed by the authors' decoder, not visible in any tensor
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -82,7 +86,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How tokens are sampled (spec section 4)."""
+    """How tokens are sampled (docs/model.md section 4)."""
 
     guidance: float
     temperature: float

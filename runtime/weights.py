@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from bar_edge.runtime.errors import BundleError
 from numpy.typing import NDArray
+
+from bar_edge.runtime.errors import BundleError
 
 FILE_NAME = "weights.safetensors"
 ALIGNMENT = 64

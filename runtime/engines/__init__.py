@@ -9,10 +9,11 @@ from importlib import import_module
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
+
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.errors import EngineError
 from bar_edge.runtime.spec import Recipe
-from numpy.typing import NDArray
 
 TokenProgress = Callable[[int, int], None]  # tokens done, tokens in all
 

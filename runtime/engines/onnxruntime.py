@@ -3,7 +3,7 @@
 One call of the fused step graph per token, bound once to buffers that stay where they are: the KV cache is the same
 memory as input and output. The prefix runs through the same graph, all but its last position at once; the last
 position is the step that draws the first token. Modulation is computed ahead for many positions in one product
-(spec section 6), the unconditional class only once.
+(docs/model.md section 6), the unconditional class only once.
 """
 
 import os
@@ -14,17 +14,23 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines import Batch, TokenProgress
 from bar_edge.runtime.errors import EngineError
 from bar_edge.runtime.noise import gumbel
 from bar_edge.runtime.sampling import Schedule, guidance_at
 from bar_edge.runtime.spec import ModelSpec
-from numpy.typing import NDArray
 
 MINIMUM_VERSION = (1, 24)
 NAME = "onnxruntime"
-_GRAPHS = ("modulation", "mask_ratio", "step_onnxruntime", "decode")
+_MODULATION, _MASK_RATIO, _STEP, _DECODE = (
+    "onnxruntime_modulation",
+    "mask_ratio",
+    "onnxruntime_step",
+    "onnxruntime_decode",
+)
 _MODULATION_BYTES = 64 * 2**20  # of one chunk: large enough for full-speed products, small beside any model
 _UNCONDITIONAL_BYTES = 256 * 2**20  # keep the unconditional modulation if it is not larger (BAR-B: 128 MB)
 _PREFIX_ROWS = 4  # rows whose prefix runs together: bounds the activations
@@ -65,7 +71,7 @@ class OnnxRuntimeEngine:
         self._sessions: dict[str, Any] = {}
         self._step: _Step | None = None
         self._modulation: _Modulation | None = None
-        self._paths = {graph: bundle.graph(graph) for graph in _GRAPHS}
+        self._paths = {graph: bundle.graph(graph) for graph in (_MODULATION, _MASK_RATIO, _STEP, _DECODE)}
 
     def sample(self, batch: Batch, progress: TokenProgress | None = None) -> NDArray[np.uint8]:
         spec = self._spec
@@ -75,9 +81,9 @@ class OnnxRuntimeEngine:
         unconditional = np.full_like(batch.class_ids, spec.unconditional_class)
         rows = np.concatenate((batch.class_ids, unconditional)) if guided else batch.class_ids
         targets = spec.prefix_length + np.tile(batch.orders, (len(rows) // images, 1))  # [rows, N] table rows
-        (ratio,) = self._session("mask_ratio").run(None, {"mask_ratio": schedule.mask_ratio})
+        (ratio,) = self._session(_MASK_RATIO).run(None, {"mask_ratio": schedule.mask_ratio})
         if self._modulation is None:
-            self._modulation = _Modulation(self._session("modulation"), spec)
+            self._modulation = _Modulation(self._session(_MODULATION), spec)
         step = self._step_for(len(rows), images, len(schedule.mask_ratio))
         step.set_schedule(schedule, ratio)
 
@@ -110,7 +116,7 @@ class OnnxRuntimeEngine:
         return self._step.latent.copy()
 
     def decode(self, bits: NDArray[np.uint8]) -> Floats:
-        session = self._session("decode")
+        session = self._session(_DECODE)
         parts = [
             session.run(None, {"bits": bits[i : i + _DECODE_IMAGES].astype(np.float32)})[0]
             for i in range(0, len(bits), _DECODE_IMAGES)
@@ -154,7 +160,7 @@ class OnnxRuntimeEngine:
     def _step_for(self, rows: int, images: int, passes: int) -> "_Step":
         if self._step is None or self._step.shape != (rows, images, passes):
             self._step = None  # release the old cache before the new one is allocated
-            self._step = _Step(self._ort, self._session("step_onnxruntime"), self._spec, rows, images, passes)
+            self._step = _Step(self._ort, self._session(_STEP), self._spec, rows, images, passes)
         return self._step
 
     def _session(self, graph: str) -> Any:
