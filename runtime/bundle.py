@@ -103,9 +103,10 @@ def write_manifest(
     variant: str | None,
     graphs: Mapping[str, Mapping[str, Any]],
     provenance: Mapping[str, Any],
+    quantization: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Hash every file in `folder` and write its manifest. `graphs`: name -> {"file", "precision", …}."""
+    """Hash every file in `folder` and write its manifest. `graphs`: name -> {"file", "precision"}."""
     names = sorted(entry.name for entry in folder.iterdir())
     sizes = {name: (folder / name).stat().st_size for name in names}
     total, done = sum(sizes.values()), 0
@@ -121,6 +122,7 @@ def write_manifest(
         "recipe": asdict(recipe),
         "graphs": graphs,
         "provenance": provenance,
+        **({"quantization": quantization} if quantization is not None else {}),
         "files": files,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")

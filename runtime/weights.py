@@ -87,7 +87,7 @@ def write(
     file.write(header)
     for name in places:
         pending = tensors[name]
-        array = np.ascontiguousarray(pending.make(), dtype=pending.dtype)
+        array = np.asarray(pending.make(), dtype=pending.dtype, order="C")
         if array.shape != pending.shape:
             raise AssertionError(f"{name}: planned {pending.shape}, made {array.shape}")
         file.write(array.data)

@@ -50,7 +50,7 @@ def status() -> tuple[bool, str]:
 
 def start(bundle: Bundle, threads: int) -> "OnnxRuntimeEngine":
     """An engine on a verified bundle. `threads` 0 means all cores. Raises EngineError."""
-    return OnnxRuntimeEngine(bundle, threads or cpu_count())
+    return OnnxRuntimeEngine(bundle, threads)
 
 
 def cpu_count() -> int:
@@ -64,51 +64,58 @@ class OnnxRuntimeEngine:
     name = NAME
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
+        self.spec = bundle.spec
         self._ort = _library()
-        self._bundle = bundle
-        self._spec = bundle.spec
-        self._threads = threads
+        self._threads = threads or cpu_count()
         self._sessions: dict[str, Any] = {}
-        self._step: _Step | None = None
+        self._step: Step | None = None
         self._modulation: _Modulation | None = None
         self._paths = {graph: bundle.graph(graph) for graph in (_MODULATION, _MASK_RATIO, _STEP, _DECODE)}
 
     def sample(self, batch: Batch, progress: TokenProgress | None = None) -> NDArray[np.uint8]:
-        spec = self._spec
-        images, tokens = len(batch.class_ids), spec.num_tokens
+        spec = self.spec
+        drawn = np.empty((len(batch.class_ids), spec.num_tokens, spec.bits_per_token), dtype=np.uint8)
+        for n, step in self.walk(batch):
+            step.run()
+            drawn[:, n] = step.drawn
+            if progress is not None:
+                progress(n + 1, spec.num_tokens)
+        return drawn
+
+    def walk(self, batch: Batch) -> Iterator[tuple[int, "Step"]]:
+        """Prepare the step of each token in turn; the caller runs it. The next token follows from `step.drawn`."""
+        spec = self.spec
+        images = len(batch.class_ids)
         schedule = Schedule.of(batch.recipe, spec.bits_per_token)
         guided = batch.recipe.guidance > 1
         unconditional = np.full_like(batch.class_ids, spec.unconditional_class)
         rows = np.concatenate((batch.class_ids, unconditional)) if guided else batch.class_ids
-        targets = spec.prefix_length + np.tile(batch.orders, (len(rows) // images, 1))  # [rows, N] table rows
+        copies = len(rows) // images
+        targets = spec.prefix_length + np.tile(batch.orders, (copies, 1))  # [rows, N] table rows
         (ratio,) = self._session(_MASK_RATIO).run(None, {"mask_ratio": schedule.mask_ratio})
         if self._modulation is None:
             self._modulation = _Modulation(self._session(_MODULATION), spec)
         step = self._step_for(len(rows), images, len(schedule.mask_ratio))
-        step.set_schedule(schedule, ratio)
+        step.ratio_embedding[:] = ratio
+        step.temperature[:, 0] = schedule.temperature
+        step.remask_count[:, 0] = schedule.remask_count
 
         modulation = self._modulation.rows(rows)
         self._prefix(step, rows, targets[:, 0], self._modulation)
-        drawn = np.empty((images, tokens, spec.bits_per_token), dtype=np.uint8)
         last_prefix = spec.prefix_length - 1
         step.bits[:] = 0  # prefix positions carry none
-        for n in range(tokens):
+        for n in range(spec.num_tokens):
             # the position before token n: the end of the prefix, then the token just drawn
             modulation.fill(last_prefix + n, step.modulation)
-            step.symbols[:] = rows[:, None] + 3 if n == 0 else step.token_symbol
+            step.symbols[:] = rows[:, None] + 3 if n == 0 else spec.num_classes + 5
             step.positions[:] = last_prefix if n == 0 else targets[:, n - 1]
             step.targets[:] = targets[:, n]
-            step.last_position[:] = last_prefix + n
-            step.filled[:] = last_prefix + n + 1
-            step.guidance[...] = guidance_at(n, batch.recipe.guidance, tokens)
+            step.set_filled(last_prefix + n + 1)
+            step.guidance[...] = guidance_at(n, batch.recipe.guidance, spec.num_tokens)
             step.gumbel_bits[:] = gumbel(batch.u_bits[n])
             step.gumbel_confidence[:] = gumbel(batch.u_confidence[n])
-            step.run()
-            drawn[:, n] = step.drawn
-            step.bits[:] = np.tile(step.drawn, (len(rows) // images, 1))
-            if progress is not None:
-                progress(n + 1, tokens)
-        return drawn
+            yield n, step
+            step.bits[:] = np.tile(step.drawn, (copies, 1))
 
     def last_latents(self) -> Floats:
         if self._step is None:
@@ -127,45 +134,45 @@ class OnnxRuntimeEngine:
         self._step = self._modulation = None
         self._sessions.clear()
 
+    def make_step(self, rows: int, images: int, passes: int, positions: int) -> "Step":
+        """Buffers for one call of the step graph."""
+        return Step(self._ort, self._session(_STEP), self.spec, rows, images, passes, positions)
+
     def _prefix(
-        self, step: "_Step", rows: NDArray[np.int64], first_targets: NDArray[np.int64], modulation: "_Modulation"
+        self, step: "Step", rows: NDArray[np.int64], first_targets: NDArray[np.int64], modulation: "_Modulation"
     ) -> None:
         """Fill the cache with all prefix positions but the last. Equal (class, first target) rows run once."""
-        spec = self._spec
+        spec = self.spec
         length = spec.prefix_length - 1
         pairs, where = np.unique(np.stack((rows, first_targets), axis=1), axis=0, return_inverse=True)
         where = where.reshape(-1)
         classes, class_of_pair = np.unique(pairs[:, 0], return_inverse=True)
         table = modulation.table(classes, 0, length)  # [F-1, 6L, U, D]
         for begin in range(0, len(pairs), _PREFIX_ROWS):
-            group = slice(begin, begin + _PREFIX_ROWS)
-            count = len(pairs[group])
-            symbols = np.full((count, length), spec.num_classes + 4)
-            symbols[:, 1:] = pairs[group, :1] + 3
-            feeds = {
-                "symbols": symbols,
-                "bits": np.zeros((count * length, spec.bits_per_token), dtype=np.float32),
-                "positions": np.tile(np.arange(length), count),
-                "targets": np.repeat(pairs[group, 1], length),
-                "modulation": np.ascontiguousarray(
-                    table[:, :, class_of_pair.reshape(-1)[group]].transpose(1, 2, 0, 3)
-                ).reshape(table.shape[1], count * length, -1),
-            }
-            caches = step.run_prefix(feeds, count, length)
-            for row, pair in enumerate(where):
-                if begin <= pair < begin + count:
-                    for full, filled in zip(step.caches, caches, strict=True):
-                        full[row, :, :length] = filled[pair - begin, :, :length]
+            group = pairs[begin : begin + _PREFIX_ROWS]
+            count = len(group)
+            prefix = self.make_step(count, count, 1, length)
+            prefix.symbols[:, 0] = spec.num_classes + 4
+            prefix.symbols[:, 1:] = group[:, :1] + 3
+            prefix.positions[:] = np.tile(np.arange(length), count)
+            prefix.targets[:] = np.repeat(group[:, 1], length)
+            of_row = table[:, :, class_of_pair.reshape(-1)[begin : begin + count]]
+            prefix.modulation[:] = of_row.transpose(1, 2, 0, 3).reshape(prefix.modulation.shape)
+            prefix.set_filled(length)
+            prefix.run()  # draws a token too, which nobody asks for: one pass of noise-free bits
+            for row in np.flatnonzero((begin <= where) & (where < begin + count)):
+                for full, filled in zip(step.caches, prefix.caches, strict=True):
+                    full[row, :, :length] = filled[where[row] - begin, :, :length]
 
-    def _step_for(self, rows: int, images: int, passes: int) -> "_Step":
+    def _step_for(self, rows: int, images: int, passes: int) -> "Step":
         if self._step is None or self._step.shape != (rows, images, passes):
             self._step = None  # release the old cache before the new one is allocated
-            self._step = _Step(self._ort, self._session(_STEP), self._spec, rows, images, passes)
+            self._step = self.make_step(rows, images, passes, 1)
         return self._step
 
     def _session(self, graph: str) -> Any:
         if graph not in self._sessions:
-            self._sessions[graph] = _session(self._ort, self._paths[graph], self._threads)
+            self._sessions[graph] = load_session(self._ort, self._paths[graph], self._threads)
         return self._sessions[graph]
 
 
@@ -232,101 +239,80 @@ class _ModulationRows:
             out[:, self._other_rows] = self._table[position - self._begin][:, self._class_of_row]
 
 
-class _Step:
-    """The step graph bound to buffers for a fixed number of rows, images and passes.
+class Step:
+    """The step graph bound to buffers of a fixed shape: rows, images, passes, and positions T of each row.
 
     The public arrays are the graph's inputs and outputs: write into them, `run`, read from them.
     """
 
-    def __init__(self, ort: ModuleType, session: Any, spec: ModelSpec, rows: int, images: int, passes: int) -> None:
+    def __init__(
+        self, ort: ModuleType, session: Any, spec: ModelSpec, rows: int, images: int, passes: int, positions: int
+    ) -> None:
+        self.shape = (rows, images, passes)
         self._ort = ort
         self._session = session
-        self._spec = spec
-        self.shape = (rows, images, passes)
-        self.token_symbol = spec.num_classes + 5
         self._binding = session.io_binding()
-        k, w, d = spec.bits_per_token, spec.head_width, spec.hidden_size
-        self.symbols = self._input("symbols", (rows, 1), np.int64)
-        self.bits = self._input("bits", (rows, k), np.float32)
-        self.positions = self._input("positions", (rows,), np.int64)
-        self.targets = self._input("targets", (rows,), np.int64)
-        self.modulation = self._input("modulation", (6 * spec.num_layers, rows, d), np.float32)
-        self.last_position = self._input("last_position", (rows,), np.int32)
-        self.filled = self._input("filled", (1,), np.int32)
-        self.guidance = self._input("guidance", (), np.float32)
-        self.ratio_embedding = self._input("ratio_embedding", (passes, w), np.float32)
-        self.temperature = self._input("temperature", (passes, 1), np.float32)
-        self.remask_count = self._input("remask_count", (passes, 1), np.int64)
-        self.gumbel_bits = self._input("gumbel_bits", (passes, images, k, 2), np.float32)
-        self.gumbel_confidence = self._input("gumbel_confidence", (passes, images, k), np.float32)
-        self.drawn = self._output("drawn", (images, k), np.uint8)
-        self.latent = self._output("latent", (rows, w), np.float32)
-        self.caches = [self._cache(self._binding, name, rows) for name in self._cache_names()]
+        k, w, d, flat = spec.bits_per_token, spec.head_width, spec.hidden_size, rows * positions
+        self.symbols = self.input("symbols", (rows, positions), np.int64)
+        self.bits = self.input("bits", (flat, k), np.float32)
+        self.positions = self.input("positions", (flat,), np.int64)
+        self.targets = self.input("targets", (flat,), np.int64)
+        self.modulation = self.input("modulation", (6 * spec.num_layers, flat, d), np.float32)
+        self._last_position = self.input("last_position", (rows,), np.int32)
+        self._filled = self.input("filled", (1,), np.int32)
+        self.guidance = self.input("guidance", (), np.float32)
+        self.ratio_embedding = self.input("ratio_embedding", (passes, w), np.float32)
+        self.temperature = self.input("temperature", (passes, 1), np.float32)
+        self.remask_count = self.input("remask_count", (passes, 1), np.int64)
+        self.gumbel_bits = self.input("gumbel_bits", (passes, images, k, 2), np.float32)
+        self.gumbel_confidence = self.input("gumbel_confidence", (passes, images, k), np.float32)
+        self.drawn = self.output("drawn", (images, k), np.uint8)
+        self.latent = self.output("latent", (rows, w), np.float32)
+        shape = (rows, spec.num_heads, spec.prefix_length + spec.num_tokens, spec.head_dim)
+        self.caches = [self._cache(f"{kind}_cache", i, shape) for i in range(spec.num_layers) for kind in ("k", "v")]
 
-    def set_schedule(self, schedule: Schedule, ratio_embedding: Floats) -> None:
-        self.ratio_embedding[:] = ratio_embedding
-        self.temperature[:, 0] = schedule.temperature
-        self.remask_count[:, 0] = schedule.remask_count
+    def set_filled(self, filled: int) -> None:
+        """Positions in the cache after this call."""
+        self._filled[:] = filled
+        self._last_position[:] = filled - 1
 
     def run(self) -> None:
+        """Run the graph once."""
         self._session.run_with_iobinding(self._binding)
 
-    def run_prefix(self, feeds: dict[str, NDArray[Any]], rows: int, length: int) -> list[Floats]:
-        """Run `length` positions of `rows` rows into a cache of their own; nothing is drawn. Returns the caches."""
-        spec = self._spec
-        binding = self._session.io_binding()
-        caches = [self._cache(binding, name, rows) for name in self._cache_names()]
-        one_pass = {
-            "last_position": np.full(rows, length - 1, dtype=np.int32),
-            "filled": np.array([length], dtype=np.int32),
-            "guidance": np.float32(1),
-            "ratio_embedding": self.ratio_embedding[:1],
-            "temperature": self.temperature[:1],
-            "remask_count": np.zeros((1, 1), dtype=np.int64),
-            "gumbel_bits": np.zeros((1, rows, spec.bits_per_token, 2), dtype=np.float32),
-            "gumbel_confidence": np.zeros((1, rows, spec.bits_per_token), dtype=np.float32),
-        }
-        for name, value in {**feeds, **one_pass}.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(value))
-        for name in ("drawn", "latent"):
-            binding.bind_output(name)
-        self._session.run_with_iobinding(binding)
-        return caches
-
-    def _cache_names(self) -> Iterator[str]:
-        for i in range(self._spec.num_layers):
-            yield f"k_cache.{i}"
-            yield f"v_cache.{i}"
-
-    def _cache(self, binding: Any, name: str, rows: int) -> Floats:
-        spec = self._spec
-        shape = (rows, spec.num_heads, spec.prefix_length + spec.num_tokens, spec.head_dim)
-        array = np.zeros(shape, dtype=np.float32)
-        value = self._ort.OrtValue.ortvalue_from_numpy(array)
-        binding.bind_ortvalue_input(name, value)
-        binding.bind_ortvalue_output(name.replace("_cache", "_cache_out"), value)
-        return array
-
-    def _input(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    def input(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        """A zeroed array that the graph reads as input `name`."""
         array = np.zeros(shape, dtype=dtype)
         self._binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(array))
         return array
 
-    def _output(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    def output(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        """A zeroed array that the graph writes output `name` to."""
         array = np.zeros(shape, dtype=dtype)
         self._binding.bind_ortvalue_output(name, self._ort.OrtValue.ortvalue_from_numpy(array))
         return array
 
+    def _cache(self, name: str, layer: int, shape: tuple[int, ...]) -> Floats:
+        array = np.zeros(shape, dtype=np.float32)
+        value = self._ort.OrtValue.ortvalue_from_numpy(array)
+        self._binding.bind_ortvalue_input(f"{name}.{layer}", value)
+        self._binding.bind_ortvalue_output(f"{name}_out.{layer}", value)
+        return array
 
-def _session(ort: ModuleType, path: Path, threads: int) -> Any:
+
+def load_session(ort: ModuleType, model: Path | bytes, threads: int, folder: Path | None = None) -> Any:
+    """A session of a graph file, or of a graph in memory whose external data lie in `folder`. Raises EngineError."""
     options = ort.SessionOptions()
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors; what the runtime warns of is checked by tests instead
     try:
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise EngineError(f"onnxruntime {ort.__version__} cannot load {path}: {str(error).splitlines()[0]}") from error
+        name = model if isinstance(model, Path) else f"a graph over {folder}"
+        raise EngineError(f"onnxruntime {ort.__version__} cannot load {name}: {str(error).splitlines()[0]}") from error
 
 
 def _library() -> ModuleType:

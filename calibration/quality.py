@@ -1,0 +1,178 @@
+"""How far a quantized bundle is from the fp32 one, measured on the graphs that execute.
+
+`teacher_forced`: both bundles step through the same trajectories in lockstep. The fp32 bundle draws; the other is led
+along its bits, token by token and pass by pass, so that every decision is compared in the same state. `paired_images`:
+both draw freely from the same noise.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bar_edge.calibration.probe import ProbeEngine
+from bar_edge.calibration.trajectories import make_batch, spread_classes
+from bar_edge.runtime.bundle import Bundle
+from bar_edge.runtime.errors import CalibrationError
+from bar_edge.runtime.generator import Generator
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class TeacherForced:
+    """Decisions of the bundle beside those of fp32, in the same states."""
+
+    images: int
+    decisions: int  # masked bits, over all passes
+    flips: float  # fraction whose argmax of guided, noiseless logits differs
+    flips_per_pass: list[float]
+    flips_per_quarter: list[float]  # of the image's tokens
+    kl: float  # mean KL divergence of the bit's distribution, nats
+    kl_per_pass: list[float]
+    kl_per_quarter: list[float]
+    latent_snr_db: float
+    logit_snr_db: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def teacher_forced(
+    reference: Bundle,
+    bundle: Bundle,
+    *,
+    images: int,
+    seed: int,
+    batch_size: int = 8,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> TeacherForced:
+    """Compare on `images` held-out trajectories: pick a seed that was not calibrated on."""
+    check_pair(reference, bundle)
+    spec = bundle.spec
+    passes = len(bundle.recipe.allocation)
+    shape = (spec.num_tokens, passes)
+    flipped, counted = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    divergence = np.zeros(shape)
+    latent, logit = _Snr(), _Snr()
+    ours = ProbeEngine(bundle, precisions_of(bundle), threads)
+    theirs = ProbeEngine(reference, precisions_of(reference), threads)
+    class_ids = spread_classes(images, spec.num_classes)
+    for begin in range(0, images, batch_size):
+        ids = np.array(class_ids[begin : begin + batch_size], dtype=np.int64)
+        batch = make_batch(reference, ids, seed, range(begin, begin + len(ids)))
+        for (n, exact), (_, led) in zip(theirs.probe_walk(batch), ours.probe_walk(batch), strict=True):
+            exact.run()
+            known = exact.seen["known"]
+            led.lead(known, exact.drawn.astype(bool))
+            led.run()
+            a, b = exact.seen["logits"], led.seen["logits"]  # [S, B, K, 2]
+            masked = ~known
+            flipped[n] += ((a.argmax(-1) != b.argmax(-1)) & masked).sum(axis=(1, 2))
+            counted[n] += masked.sum(axis=(1, 2))
+            divergence[n] += np.where(masked, _kl(a, b), 0).sum(axis=(1, 2))
+            latent.add(exact.latent, led.latent)
+            logit.add(a[masked], b[masked])
+            led.drawn[:] = exact.drawn
+            if progress is not None:
+                progress(
+                    f"teacher-forced: images {begin + 1}-{begin + len(ids)} of {images}, tokens", n + 1, spec.num_tokens
+                )
+    ours.close()
+    theirs.close()
+    quarters = np.array_split(np.arange(spec.num_tokens), 4)
+    return TeacherForced(
+        images=images,
+        decisions=int(counted.sum()),
+        flips=float(flipped.sum() / counted.sum()),
+        flips_per_pass=(flipped.sum(0) / counted.sum(0)).tolist(),
+        flips_per_quarter=[float(flipped[q].sum() / counted[q].sum()) for q in quarters],
+        kl=float(divergence.sum() / counted.sum()),
+        kl_per_pass=(divergence.sum(0) / counted.sum(0)).tolist(),
+        kl_per_quarter=[float(divergence[q].sum() / counted[q].sum()) for q in quarters],
+        latent_snr_db=latent.db,
+        logit_snr_db=logit.db,
+    )
+
+
+@dataclass(frozen=True)
+class PairedImages:
+    """Images of both bundles from the same noise."""
+
+    images: int
+    identical_images: float  # fraction
+    differing_bits: float  # fraction, after the trajectories may have parted
+    psnr_db: float  # median over images
+    decoder_psnr_db: float  # both decoders on fp32's bits: what the decoder alone does
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def paired_images(reference: Bundle, bundle: Bundle, *, images: int, seed: int, threads: int = 0) -> PairedImages:
+    """Draw freely with both from the same noise."""
+    check_pair(reference, bundle)
+    class_ids = list(spread_classes(images, bundle.spec.num_classes))
+    with Generator(reference, engine="onnxruntime", threads=threads) as exact:
+        expected, expected_bits = exact.generate(class_ids, seed=seed, return_bits=True)
+    with Generator(bundle, engine="onnxruntime", threads=threads) as ours:
+        found, bits = ours.generate(class_ids, seed=seed, return_bits=True)
+        decoded = ours.decode(expected_bits)
+    wrong = (bits != expected_bits).reshape(images, -1)
+    return PairedImages(
+        images=images,
+        identical_images=float((~wrong.any(axis=1)).mean()),
+        differing_bits=float(wrong.mean()),
+        psnr_db=float(np.median([_psnr(a, b) for a, b in zip(expected, found, strict=True)])),
+        decoder_psnr_db=float(np.median([_psnr(a, b) for a, b in zip(expected, decoded, strict=True)])),
+    )
+
+
+def precisions_of(bundle: Bundle) -> dict[str, str]:
+    """What each linear layer of a bundle is executed in; empty for fp32."""
+    layers = bundle.manifest.get("quantization", {}).get("layers", {})
+    return {layer: entry["precision"] for layer, entry in layers.items() if entry["precision"] != "fp32"}
+
+
+def check_pair(reference: Bundle, bundle: Bundle) -> None:
+    """Raise CalibrationError unless both are the same model with the same recipe."""
+    if reference.spec != bundle.spec or reference.recipe != bundle.recipe:
+        raise CalibrationError(
+            f"{bundle.path} and {reference.path} are different models; compare a bundle with its own fp32"
+        )
+
+
+class _Snr:
+    """Signal to noise over everything added."""
+
+    def __init__(self) -> None:
+        self._signal = self._noise = 0.0
+
+    def add(self, exact: NDArray[np.float32], found: NDArray[np.float32]) -> None:
+        self._signal += float(np.square(exact, dtype=np.float64).sum())
+        self._noise += float(np.square(found - exact, dtype=np.float64).sum())
+
+    @property
+    def db(self) -> float:
+        return 10 * float(np.log10(self._signal / self._noise)) if self._noise else float("inf")
+
+
+def _kl(exact: NDArray[np.float32], found: NDArray[np.float32]) -> NDArray[np.float64]:
+    """KL divergence of two-way softmax distributions [..., 2] -> [...]."""
+
+    def log_softmax(x: NDArray[np.float32]) -> NDArray[np.float64]:
+        y = x.astype(np.float64)
+        return y - np.logaddexp(y[..., :1], y[..., 1:])
+
+    p, q = log_softmax(exact), log_softmax(found)
+    return np.asarray((np.exp(p) * (p - q)).sum(-1))
+
+
+def _psnr(a: Any, b: Any) -> float:
+    error = float(np.square(np.asarray(a, dtype=np.float64) - np.asarray(b)).mean())
+    return 10 * float(np.log10(255**2 / error)) if error else 99.0

@@ -1,0 +1,351 @@
+"""`bar-edge quantize`: an fp32 bundle and a calibration become a quantized bundle that says what it is.
+
+Order of work: search each layer's smoothing and scales; write one scratch weights file that holds every layer both
+ways; measure on this machine, graph by graph, whether integers are faster, and keep what is; write the bundle; read
+the graphs back and refuse a layer that is not what it should be; draw the self-test. Nothing appears under its final
+name before all of that has passed.
+"""
+
+import shutil
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from bar_edge.calibration import smoothing
+from bar_edge.calibration.observers import OBSERVERS
+from bar_edge.calibration.probe import ProbeEngine, linear_layers, open_weights
+from bar_edge.calibration.quantize import Choice, choose, quantizable, stored
+from bar_edge.calibration.trajectories import Calibration, make_batch
+from bar_edge.export.builder import GraphBuilder
+from bar_edge.export.graphs import build_graphs, decode_graph, modulation_graph, step_graph
+from bar_edge.export.linear import BITS, FP32, INT8
+from bar_edge.runtime import weights
+from bar_edge.runtime.bundle import SELFTEST, Bundle, publish, write_manifest
+from bar_edge.runtime.engines.onnxruntime import Step, cpu_count, load_session
+from bar_edge.runtime.errors import CalibrationError, EngineError
+from bar_edge.runtime.sampling import Schedule, sample_token, to_fine_grid, to_uint8
+from bar_edge.runtime.selftest import Record
+from bar_edge.runtime.weights import PendingTensor, StoredTensor
+
+Progress = Callable[[str, int, int], None]
+PRECISIONS = (INT8, *BITS)
+MANY_ROWS = ("modulation", "decode")  # graphs that run hundreds of rows at once: weight-only does not pay there
+_FASTER = 1.05  # a quantized graph must be at least this much faster to be kept
+_TIMED_RUNS = 12
+_GRAPH_BYTES = 16 * 2**20
+_SELFTEST_SEED, _SELFTEST_IMAGES = 1, 4
+
+
+@dataclass(frozen=True)
+class Timing:
+    """fp32 against quantized, seconds per call on this machine."""
+
+    graph: str
+    fp32: float
+    quantized: float
+    kept: bool
+
+    @property
+    def sentence(self) -> str:
+        """For people."""
+        ratio = self.fp32 / self.quantized
+        outcome = "kept" if self.kept else "not faster enough, kept fp32"
+        return f"{self.graph}: {ratio:.2f} x fp32 ({self.quantized * 1e3:.1f} ms against {self.fp32 * 1e3:.1f} ms), {outcome}"
+
+
+def quantize_bundle(
+    source: Bundle,
+    calibration: Calibration,
+    output: Path,
+    *,
+    precision: str,
+    observer: str = "mse",
+    keep_fp32: tuple[str, ...] = (),
+    measure: bool = True,
+    force: bool = False,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Quantize an fp32 bundle.
+
+    Args:
+        precision: `int8` (static W8A8), `int8-weight` or `int4-weight`; the last two concern trunk and head, while
+            modulation and decoder, which run many rows at once, become `int8`.
+        keep_fp32: linear layers to leave alone.
+        measure: keep a graph's fp32 form where it is not slower on this machine; off, everything is quantized.
+
+    Raises CalibrationError for settings that do not fit, EngineError if a graph is not what was asked for.
+    """
+    report = progress or (lambda what, done, total: None)
+    if precision not in PRECISIONS or observer not in OBSERVERS:
+        raise CalibrationError(
+            f"precision {precision!r} and observer {observer!r}: known are {', '.join(PRECISIONS)} and {', '.join(OBSERVERS)}"
+        )
+    if "quantization" in source.manifest:
+        raise CalibrationError(f"{source.path}: is quantized already; quantize the fp32 bundle it was made from")
+    spec = source.spec
+    tensors = open_weights(source.path)
+    places = weights.read_places(source.path / weights.FILE_NAME)
+    layers = linear_layers(spec, places)
+    known = [layer for group in layers.values() for layer in group]
+    if unknown := sorted(set(keep_fp32) - set(known)):
+        raise CalibrationError(f"unknown layers {', '.join(unknown)}; `bar-edge inspect` lists the layers of a bundle")
+    wanted = {
+        layer: INT8 if graph in MANY_ROWS else precision
+        for graph, group in layers.items()
+        for layer in group
+        if layer not in keep_fp32 and quantizable(*places[f"{layer}.weight"].shape)
+    }
+    choices: dict[str, Choice] = {}
+    for i, (layer, kind) in enumerate(wanted.items()):
+        report("choosing scales, layers", i, len(wanted))
+        if layer not in calibration.stats:
+            raise CalibrationError(f"the calibration has nothing for {layer}; it was collected from another model")
+        foldable = bool(smoothing.producers(layer))
+        choices[layer] = choose(
+            calibration.stats[layer], np.asarray(tensors[f"{layer}.weight"]), kind, observer, foldable=foldable
+        )
+    smoothed: smoothing.Tensors = dict(tensors)
+    for layer, choice in choices.items():
+        if choice.factors is not None:
+            smoothing.apply(smoothed, layer, choice.factors)
+    held = {**smoothed, **_quantized(smoothed, choices, calibration, report)}
+    with publish(output, 2 * sum(array.nbytes for array in held.values()) + _GRAPH_BYTES, force=force) as folder:
+        timings = _measure(folder / "scratch", source, held, layers, wanted, threads, report) if measure else []
+        slow = {timing.graph for timing in timings if not timing.kept}
+        final = {
+            layer: wanted[layer]
+            for graph, group in layers.items()
+            if graph not in slow
+            for layer in group
+            if layer in wanted
+        }
+        if not final:
+            raise CalibrationError(
+                "nothing is faster quantized on this machine, so no bundle was written: "
+                + "; ".join(timing.sentence for timing in timings)
+                + ". To quantize for another machine, pass --no-measure"
+            )
+        unused = {f"{layer}.weight" for layer in final}
+        unused |= {f"{layer}.{part}" for layer in set(wanted) - set(final) for part in _parts(wanted[layer])}
+        placed = write_weights(folder, {name: held[name] for name in held if name not in unused}, report)
+        graphs = build_graphs(spec, placed, final)
+        described = {}
+        for name, model in graphs.items():
+            onnx.save(model, folder / f"{name}.onnx")
+            onnx.checker.check_model(folder / f"{name}.onnx", full_check=True)
+            found = read_precisions(model, known)
+            if wrong := {layer: kind for layer, kind in found.items() if kind != final.get(layer, FP32)}:
+                raise EngineError(f"{name}.onnx: layers are not what was asked for: {wrong}; please report this bug")
+            described[name] = {"file": f"{name}.onnx", "precision": summary(found)}
+        files = {name: entry["file"] for name, entry in described.items()}
+        unpublished = Bundle(folder, spec, source.recipe, source.variant, files, {})
+        _self_test(source, unpublished, final, threads, report).save(folder / SELFTEST)
+        quantization = {
+            "precision": precision,
+            "observer": observer,
+            "calibration": {
+                "data": calibration.plan.data, "images": calibration.plan.images, "seed": calibration.plan.seed,
+                "bundle": calibration.bundle,
+            },
+            "timings": [timing.sentence for timing in timings],
+            "layers": {
+                layer: {
+                    "precision": final.get(layer, FP32),
+                    **({"snr_db": round(choices[layer].snr_db, 2), "smoothing": choices[layer].strength} if layer in final else {}),
+                }
+                for layer in known
+            },
+        }  # fmt: skip
+        provenance = {
+            "made_by": {name: metadata.version(name) for name in ("bar-edge", "onnx", "onnxruntime", "numpy")},
+            "source": {"digest": source.digest, "provenance": source.manifest["provenance"]},
+        }
+        write_manifest(
+            folder, spec=spec, recipe=source.recipe, variant=source.variant, graphs=described, provenance=provenance,
+            quantization=quantization, progress=report,
+        )  # fmt: skip
+    return Bundle.open(output, report)
+
+
+def read_precisions(model: onnx.ModelProto, layers: list[str]) -> dict[str, str]:
+    """What every linear layer of a graph is really executed in, by the operator that reads its weights."""
+    wanted = set(layers)
+    found: dict[str, str] = {}
+
+    def visit(graph: onnx.GraphProto) -> None:
+        dequantized: dict[str, str] = {}
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.GRAPH:
+                    visit(attribute.g)
+            for name in node.input:
+                layer, _, kind = name.rpartition(".")
+                if layer not in wanted:
+                    continue
+                if node.op_type == "DequantizeLinear" and kind in ("weight_int8", "weight"):
+                    bits = {onnx.TensorProto.UINT4: "int4-weight", onnx.TensorProto.UINT8: "int8-weight"}
+                    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+                    dequantized[node.output[0]] = bits.get(types[name], INT8)
+                    found[layer] = dequantized[node.output[0]]
+                elif node.op_type == "MatMulIntegerToFloat" and kind == "weight_int8":
+                    found[layer] = INT8
+                elif node.op_type == "MatMulNBits" and kind.startswith("weight_blocks"):
+                    found[layer] = {8: "int8-weight", 4: "int4-weight"}[int(kind.removeprefix("weight_blocks"))]
+                elif kind == "weight":
+                    found.setdefault(layer, FP32)
+
+    visit(model.graph)
+    return found
+
+
+def summary(found: Mapping[str, str]) -> str:
+    """`int8 x96, fp32 x1`; `fp32` for a graph without linear layers."""
+    return ", ".join(f"{kind} x{count}" for kind, count in Counter(found.values()).most_common()) or FP32
+
+
+def write_weights(folder: Path, arrays: Mapping[str, NDArray[Any]], report: Progress) -> dict[str, StoredTensor]:
+    """Write a weights file of arrays that are held already; returns their places."""
+    pending = {
+        name: PendingTensor(array.dtype, array.shape, lambda array=array: array)  # type: ignore[misc]
+        for name, array in arrays.items()
+    }
+    header, places = weights.lay_out(pending)
+    done, total = 0, sum(place.length for place in places.values())
+    with (folder / weights.FILE_NAME).open("wb") as file:
+        for _, size in weights.write(file, header, places, pending):
+            done += size
+            report("writing weights", done, total)
+    return places
+
+
+def _parts(precision: str) -> tuple[str, ...]:
+    """Suffixes of the tensors a layer is stored as (`export/linear.py`)."""
+    if precision == INT8:
+        return ("weight_int8", "weight_scale", "input_scale")
+    return (f"weight_blocks{BITS[precision]}", "block_scale")
+
+
+def _quantized(
+    smoothed: smoothing.Tensors, choices: Mapping[str, Choice], calibration: Calibration, report: Progress
+) -> dict[str, NDArray[Any]]:
+    """The stored tensors of every chosen layer, and the zero points that weight-only layers share."""
+    arrays: dict[str, NDArray[Any]] = {}
+    zero_points = {4: 0, 8: 0}
+    for i, (layer, choice) in enumerate(choices.items()):
+        report("quantizing, layers", i, len(choices))
+        mean_square = calibration.stats[layer].mean_square
+        if choice.factors is not None:
+            mean_square = mean_square / choice.factors**2
+        arrays |= stored(layer, choice, np.asarray(smoothed[f"{layer}.weight"]), mean_square)
+        if choice.precision in BITS:
+            bits = BITS[choice.precision]
+            zero_points[bits] = max(zero_points[bits], -(-arrays[f"{layer}.block_scale"].size * bits // 8))
+    for bits, value in ((4, 0x88), (8, 0x80)):
+        if zero_points[bits]:
+            arrays[f"zero_points{bits}"] = np.full(zero_points[bits], value, dtype=np.uint8)
+    return arrays
+
+
+def _measure(
+    scratch: Path,
+    source: Bundle,
+    held: Mapping[str, NDArray[Any]],
+    layers: Mapping[str, list[str]],
+    wanted: Mapping[str, str],
+    threads: int,
+    report: Progress,
+) -> list[Timing]:
+    """Time every graph in fp32 and quantized; trunk and head are parts of one graph and timed by what they add to it."""
+    scratch.mkdir()
+    try:
+        places = write_weights(scratch, held, report)
+        bench = _Bench(source, scratch, places, threads)
+        part = {graph: {layer: wanted[layer] for layer in group if layer in wanted} for graph, group in layers.items()}
+        timings = []
+        for i, graph in enumerate(MANY_ROWS):
+            report("measuring graphs", i, 5)
+            timings.append(_timing(graph, bench.seconds(graph, {}), bench.seconds(graph, part[graph])))
+        plain = bench.seconds("step", {})
+        for i, graph in enumerate(("trunk", "head")):
+            report("measuring graphs", len(MANY_ROWS) + 1 + i, 5)
+            timings.append(_timing(graph, plain, bench.seconds("step", part[graph])))
+        return timings
+    finally:
+        shutil.rmtree(scratch)
+
+
+def _timing(graph: str, fp32: float, quantized: float) -> Timing:
+    return Timing(graph, fp32, quantized, kept=fp32 / quantized >= _FASTER)
+
+
+class _Bench:
+    """Seconds per call of a graph at the given precisions: batch 1 with guidance, in the middle of an image."""
+
+    def __init__(self, source: Bundle, folder: Path, places: Mapping[str, StoredTensor], threads: int) -> None:
+        self._source, self._folder, self._places, self._threads = source, folder, places, threads
+
+    def seconds(self, graph: str, precisions: Mapping[str, str]) -> float:
+        import onnxruntime as ort
+
+        spec, recipe = self._source.spec, self._source.recipe
+        build = {"modulation": modulation_graph, "decode": decode_graph, "step": step_graph}[graph]
+        model = build(GraphBuilder(self._places, precisions, onnxruntime=True), spec).SerializeToString()
+        session = load_session(ort, model, self._threads or cpu_count(), self._folder)
+        run: Callable[[], Any]
+        if graph == "modulation":
+            feeds = {"class_id": np.zeros(1, dtype=np.int64), "positions": np.arange(min(128, spec.num_tokens))}
+            run = lambda: session.run(None, feeds)  # noqa: E731
+        elif graph == "decode":
+            bits = np.zeros((1, spec.image_seq_len, spec.token_size), dtype=np.float32)
+            run = lambda: session.run(None, {"bits": bits})  # noqa: E731
+        else:
+            rows = 2 if recipe.guidance > 1 else 1
+            step = Step(ort, session, spec, rows, 1, len(recipe.allocation), 1)
+            step.temperature[:, 0] = 1
+            step.remask_count[:, 0] = Schedule.of(recipe, spec.bits_per_token).remask_count
+            step.set_filled(spec.prefix_length + spec.num_tokens // 2)
+            run = step.run
+        times = []
+        for _ in range(_TIMED_RUNS + 2):
+            begin = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - begin)
+        return statistics.median(times[2:])
+
+
+def _self_test(
+    source: Bundle, quantized: Bundle, precisions: Mapping[str, str], threads: int, report: Progress
+) -> Record:
+    """Draw images on the quantized graphs and record the one whose closest decision is farthest from a tie."""
+    spec, recipe = source.spec, source.recipe
+    class_id = 207 % spec.num_classes
+    batch = make_batch(source, np.full(_SELFTEST_IMAGES, class_id), _SELFTEST_SEED, range(_SELFTEST_IMAGES))
+    engine = ProbeEngine(quantized, precisions, threads)
+    drawn = np.empty((_SELFTEST_IMAGES, spec.num_tokens, spec.bits_per_token), dtype=np.uint8)
+    margins = np.full(_SELFTEST_IMAGES, np.inf)
+    schedule = Schedule.of(recipe, spec.bits_per_token)
+    for n, step in engine.probe_walk(batch):
+        step.run()
+        drawn[:, n] = step.drawn
+        logits = step.seen["logits"]
+        _, margin = sample_token(
+            lambda known, bits, s, logits=logits: logits[s], schedule, 1.0, step.gumbel_bits, step.gumbel_confidence
+        )
+        margins = np.minimum(margins, margin)
+        report("self-test: drawing", n + 1, spec.num_tokens)
+    bits = to_fine_grid(drawn, spec)
+    best = int(margins.argmax())
+    image = to_uint8(engine.decode(bits[best : best + 1]))[0]
+    record = Record(_SELFTEST_SEED, best, class_id, bits[best], engine.last_latents()[best].copy(), image)
+    engine.close()
+    return record
