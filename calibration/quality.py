@@ -79,9 +79,8 @@ def teacher_forced(
             logit.add(a[masked], b[masked])
             led.drawn[:] = exact.drawn
             if progress is not None:
-                progress(
-                    f"teacher-forced: images {begin + 1}-{begin + len(ids)} of {images}, tokens", n + 1, spec.num_tokens
-                )
+                what = f"teacher-forced: images {begin + 1}-{begin + len(ids)} of {images}, tokens"
+                progress(what, n + 1, spec.num_tokens)
     ours.close()
     theirs.close()
     quarters = np.array_split(np.arange(spec.num_tokens), 4)

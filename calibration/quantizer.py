@@ -59,7 +59,8 @@ class Timing:
         """For people."""
         ratio = self.fp32 / self.quantized
         outcome = "kept" if self.kept else "not faster enough, kept fp32"
-        return f"{self.graph}: {ratio:.2f} x fp32 ({self.quantized * 1e3:.1f} ms against {self.fp32 * 1e3:.1f} ms), {outcome}"
+        measured = f"{self.quantized * 1e3:.1f} ms against {self.fp32 * 1e3:.1f} ms"
+        return f"{self.graph}: {ratio:.2f} x fp32 ({measured}), {outcome}"
 
 
 def quantize_bundle(
@@ -88,7 +89,8 @@ def quantize_bundle(
     report = progress or (lambda what, done, total: None)
     if precision not in PRECISIONS or observer not in OBSERVERS:
         raise CalibrationError(
-            f"precision {precision!r} and observer {observer!r}: known are {', '.join(PRECISIONS)} and {', '.join(OBSERVERS)}"
+            f"precision {precision!r} and observer {observer!r}: known are {', '.join(PRECISIONS)} "
+            f"and {', '.join(OBSERVERS)}"
         )
     if "quantization" in source.manifest:
         raise CalibrationError(f"{source.path}: is quantized already; quantize the fp32 bundle it was made from")
@@ -158,13 +160,7 @@ def quantize_bundle(
                 "bundle": calibration.bundle,
             },
             "timings": [timing.sentence for timing in timings],
-            "layers": {
-                layer: {
-                    "precision": final.get(layer, FP32),
-                    **({"snr_db": round(choices[layer].snr_db, 2), "smoothing": choices[layer].strength} if layer in final else {}),
-                }
-                for layer in known
-            },
+            "layers": {layer: _layer_entry(final.get(layer, FP32), choices.get(layer)) for layer in known},
         }  # fmt: skip
         provenance = {
             "made_by": {name: metadata.version(name) for name in ("bar-edge", "onnx", "onnxruntime", "numpy")},
@@ -175,6 +171,12 @@ def quantize_bundle(
             quantization=quantization, progress=report,
         )  # fmt: skip
     return Bundle.open(output, report)
+
+
+def _layer_entry(precision: str, choice: Choice | None) -> dict[str, Any]:
+    if precision == FP32 or choice is None:
+        return {"precision": precision}
+    return {"precision": precision, "snr_db": round(choice.snr_db, 2), "smoothing": choice.strength}
 
 
 def read_precisions(model: onnx.ModelProto, layers: list[str]) -> dict[str, str]:
@@ -265,7 +267,7 @@ def _measure(
     threads: int,
     report: Progress,
 ) -> list[Timing]:
-    """Time every graph in fp32 and quantized; trunk and head are parts of one graph and timed by what they add to it."""
+    """Time every graph in fp32 and quantized; trunk and head are parts of one graph, timed by what they add to it."""
     scratch.mkdir()
     try:
         places = write_weights(scratch, held, report)
