@@ -20,7 +20,7 @@ lint: .venv/installed
 .venv/dependencies: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt '.[export,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt '.[export,calibration,dev]'
 	$(BIN)/pip uninstall --quiet --yes bar-edge
 	touch $@
 

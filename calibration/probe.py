@@ -13,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 
 from bar_edge.export.builder import GraphBuilder
-from bar_edge.export.graphs import decode_graph, modulation_graph, step_graph
+from bar_edge.export.graphs import decode_graph, mask_ratio_graph, modulation_graph, step_graph
 from bar_edge.runtime import weights
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines import Batch
@@ -115,9 +115,21 @@ class ProbeEngine(OnnxRuntimeEngine):
         return {name.removeprefix(INPUT): value for name, value in zip(names, values, strict=True)}
 
     def _probed(self, name: str, build: Callable[..., onnx.ModelProto]) -> Any:
+        return self._built(f"probed {name}", lambda g, spec: build(g, spec, probe=True))
+
+    def _session(self, graph: str) -> Any:
+        build = {
+            "mask_ratio": mask_ratio_graph,
+            "onnxruntime_modulation": modulation_graph,
+            "onnxruntime_decode": decode_graph,
+        }[graph]
+        return self._built(graph, build)
+
+    def _built(self, name: str, build: Callable[..., onnx.ModelProto]) -> Any:
+        """A session of a graph written now, so that any mixture of precisions can be run over the same weights."""
         if name not in self._sessions:
             builder = GraphBuilder(self._places, self._precisions, onnxruntime=True)
-            model = build(builder, self.spec, probe=True).SerializeToString()
+            model = build(builder, self.spec).SerializeToString()
             self._sessions[name] = load_session(self._ort, model, self._threads, self._folder)
         return self._sessions[name]
 

@@ -1,8 +1,8 @@
 """How far a quantized bundle is from the fp32 one, measured on the graphs that execute.
 
-`teacher_forced`: both bundles step through the same trajectories in lockstep. The fp32 bundle draws; the other is led
-along its bits, token by token and pass by pass, so that every decision is compared in the same state. `paired_images`:
-both draw freely from the same noise.
+`teacher_forced`: fp32 draws and every decision is recorded; the other is led along those bits, token by token and
+pass by pass, so that every decision is compared in the same state. `paired_images`: both draw freely from the same
+noise.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from bar_edge.calibration.probe import ProbeEngine
 from bar_edge.calibration.trajectories import make_batch, spread_classes
 from bar_edge.runtime.bundle import Bundle
+from bar_edge.runtime.engines import Batch
 from bar_edge.runtime.errors import CalibrationError
 from bar_edge.runtime.generator import Generator
 
@@ -22,8 +23,49 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
+class Recorded:
+    """One batch that a bundle drew, decision by decision."""
+
+    batch: Batch
+    drawn: NDArray[np.uint8]  # [B, N, K] by generation step
+    known: NDArray[np.bool_]  # [N, S, B, K] bits each pass began with
+    logits: NDArray[np.float32]  # [N, S, B, K, 2] guided, noiseless
+    latents: NDArray[np.float32]  # [N, rows, W]
+
+
+def record(
+    engine: ProbeEngine,
+    bundle: Bundle,
+    *,
+    images: int,
+    seed: int,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> list[Recorded]:
+    """Draw `images` images of classes spread over the model's, and keep every decision."""
+    spec = bundle.spec
+    class_ids = spread_classes(images, spec.num_classes)
+    recorded = []
+    for begin in range(0, images, batch_size):
+        ids = np.array(class_ids[begin : begin + batch_size], dtype=np.int64)
+        batch = make_batch(bundle, ids, seed, range(begin, begin + len(ids)))
+        drawn, known, logits, latents = [], [], [], []
+        for n, step in engine.probe_walk(batch):
+            step.run()
+            drawn.append(step.drawn.copy())
+            known.append(step.seen["known"].copy())  # the next run writes over what was seen
+            logits.append(step.seen["logits"].copy())
+            latents.append(step.latent.copy())
+            if progress is not None:
+                what = f"recording fp32: images {begin + 1}-{begin + len(ids)} of {images}, tokens"
+                progress(what, n + 1, spec.num_tokens)
+        recorded.append(Recorded(batch, np.stack(drawn, axis=1), np.stack(known), np.stack(logits), np.stack(latents)))
+    return recorded
+
+
+@dataclass(frozen=True)
 class TeacherForced:
-    """Decisions of the bundle beside those of fp32, in the same states."""
+    """Decisions of an engine beside the recorded ones, in the same states."""
 
     images: int
     decisions: int  # masked bits, over all passes
@@ -42,50 +84,29 @@ class TeacherForced:
 
 
 def teacher_forced(
-    reference: Bundle,
-    bundle: Bundle,
-    *,
-    images: int,
-    seed: int,
-    batch_size: int = 8,
-    threads: int = 0,
-    progress: Progress | None = None,
+    recorded: list[Recorded], engine: ProbeEngine, progress: Progress | None = None, what: str = "teacher-forced"
 ) -> TeacherForced:
-    """Compare on `images` held-out trajectories: pick a seed that was not calibrated on."""
-    check_pair(reference, bundle)
-    spec = bundle.spec
-    passes = len(bundle.recipe.allocation)
-    shape = (spec.num_tokens, passes)
-    flipped, counted = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    divergence = np.zeros(shape)
+    """Lead `engine` along recorded trajectories and compare. Use trajectories that were not calibrated on."""
+    tokens, passes = recorded[0].known.shape[:2]
+    flipped, counted = np.zeros((tokens, passes), dtype=np.int64), np.zeros((tokens, passes), dtype=np.int64)
+    divergence = np.zeros((tokens, passes))
     latent, logit = _Snr(), _Snr()
-    ours = ProbeEngine(bundle, precisions_of(bundle), threads)
-    theirs = ProbeEngine(reference, precisions_of(reference), threads)
-    class_ids = spread_classes(images, spec.num_classes)
-    for begin in range(0, images, batch_size):
-        ids = np.array(class_ids[begin : begin + batch_size], dtype=np.int64)
-        batch = make_batch(reference, ids, seed, range(begin, begin + len(ids)))
-        for (n, exact), (_, led) in zip(theirs.probe_walk(batch), ours.probe_walk(batch), strict=True):
-            exact.run()
-            known = exact.seen["known"]
-            led.lead(known, exact.drawn.astype(bool))
-            led.run()
-            a, b = exact.seen["logits"], led.seen["logits"]  # [S, B, K, 2]
-            masked = ~known
+    for i, exact in enumerate(recorded):
+        for n, step in engine.probe_walk(exact.batch):
+            step.lead(exact.known[n], exact.drawn[:, n].astype(bool))
+            step.run()
+            a, b, masked = exact.logits[n], step.seen["logits"], ~exact.known[n]
             flipped[n] += ((a.argmax(-1) != b.argmax(-1)) & masked).sum(axis=(1, 2))
             counted[n] += masked.sum(axis=(1, 2))
             divergence[n] += np.where(masked, _kl(a, b), 0).sum(axis=(1, 2))
-            latent.add(exact.latent, led.latent)
+            latent.add(exact.latents[n], step.latent)
             logit.add(a[masked], b[masked])
-            led.drawn[:] = exact.drawn
+            step.drawn[:] = exact.drawn[:, n]
             if progress is not None:
-                what = f"teacher-forced: images {begin + 1}-{begin + len(ids)} of {images}, tokens"
-                progress(what, n + 1, spec.num_tokens)
-    ours.close()
-    theirs.close()
-    quarters = np.array_split(np.arange(spec.num_tokens), 4)
+                progress(what, i * tokens + n + 1, len(recorded) * tokens)
+    quarters = np.array_split(np.arange(tokens), 4)
     return TeacherForced(
-        images=images,
+        images=sum(len(exact.drawn) for exact in recorded),
         decisions=int(counted.sum()),
         flips=float(flipped.sum() / counted.sum()),
         flips_per_pass=(flipped.sum(0) / counted.sum(0)).tolist(),
@@ -132,10 +153,32 @@ def paired_images(reference: Bundle, bundle: Bundle, *, images: int, seed: int, 
     )
 
 
+def compare_bundles(
+    reference: Bundle, bundle: Bundle, *, images: int, seed: int, threads: int = 0, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Teacher-forced decisions and paired images of a quantized bundle beside its fp32, JSON-ready."""
+    check_pair(reference, bundle)
+    exact = probe(reference, threads)
+    recorded = record(exact, reference, images=images, seed=seed, progress=progress)
+    exact.close()
+    engine = probe(bundle, threads)
+    forced = teacher_forced(recorded, engine, progress)
+    engine.close()
+    return {
+        "teacher_forced": forced.to_dict(),
+        "paired_images": paired_images(reference, bundle, images=images, seed=seed, threads=threads).to_dict(),
+    }
+
+
 def precisions_of(bundle: Bundle) -> dict[str, str]:
     """What each linear layer of a bundle is executed in; empty for fp32."""
     layers = bundle.manifest.get("quantization", {}).get("layers", {})
     return {layer: entry["precision"] for layer, entry in layers.items() if entry["precision"] != "fp32"}
+
+
+def probe(bundle: Bundle, threads: int = 0) -> ProbeEngine:
+    """A bundle's step as it executes, with probes."""
+    return ProbeEngine(bundle, precisions_of(bundle), threads)
 
 
 def check_pair(reference: Bundle, bundle: Bundle) -> None:

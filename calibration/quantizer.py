@@ -20,9 +20,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from bar_edge.calibration import smoothing
+from bar_edge.calibration import sensitivity, smoothing
 from bar_edge.calibration.observers import OBSERVERS
 from bar_edge.calibration.probe import ProbeEngine, linear_layers, open_weights
+from bar_edge.calibration.quality import Recorded, probe, record, teacher_forced
 from bar_edge.calibration.quantize import Choice, choose, quantizable, stored
 from bar_edge.calibration.trajectories import Calibration, make_batch
 from bar_edge.export.builder import GraphBuilder
@@ -43,6 +44,8 @@ _FASTER = 1.05  # a quantized graph must be at least this much faster to be kept
 _TIMED_RUNS = 12
 _GRAPH_BYTES = 16 * 2**20
 _SELFTEST_SEED, _SELFTEST_IMAGES = 1, 4
+_HELD_OUT = 16  # images quality and budget are measured on
+SENSITIVITY_PLOT = "sensitivity.png"
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def quantize_bundle(
     precision: str,
     observer: str = "mse",
     keep_fp32: tuple[str, ...] = (),
+    budget: float | None = None,
     measure: bool = True,
     force: bool = False,
     threads: int = 0,
@@ -82,6 +86,8 @@ def quantize_bundle(
         precision: `int8` (static W8A8), `int8-weight` or `int4-weight`; the last two concern trunk and head, while
             modulation and decoder, which run many rows at once, become `int8`.
         keep_fp32: linear layers to leave alone.
+        budget: the fraction of decisions that may flip, teacher-forced on held-out trajectories; the most harmful
+            layers of trunk and head stay fp32 until it holds.
         measure: keep a graph's fp32 form where it is not slower on this machine; off, everything is quantized.
 
     Raises CalibrationError for settings that do not fit, EngineError if a graph is not what was asked for.
@@ -122,7 +128,10 @@ def quantize_bundle(
             smoothing.apply(smoothed, layer, choice.factors)
     held = {**smoothed, **_quantized(smoothed, choices, calibration, report)}
     with publish(output, 2 * sum(array.nbytes for array in held.values()) + _GRAPH_BYTES, force=force) as folder:
-        timings = _measure(folder / "scratch", source, held, layers, wanted, threads, report) if measure else []
+        scratch = folder / "scratch"
+        scratch.mkdir()
+        places_both = write_weights(scratch, held, report)
+        timings = _measure(_Bench(source, scratch, places_both, threads), layers, wanted, report) if measure else []
         slow = {timing.graph for timing in timings if not timing.kept}
         final = {
             layer: wanted[layer]
@@ -137,6 +146,19 @@ def quantize_bundle(
                 + "; ".join(timing.sentence for timing in timings)
                 + ". To quantize for another machine, pass --no-measure"
             )
+        recorded = _record(source, calibration, threads, report)
+        searched = None
+        if budget is not None:
+            in_step = {layer: final[layer] for group in ("trunk", "head") for layer in layers[group] if layer in final}
+            sizes = {layer: places[f"{layer}.weight"].length for layer in in_step}
+            both = _unpublished(source, scratch, source.graphs)
+            searched = sensitivity.search(
+                recorded, both, in_step, sizes, budget=budget, threads=threads, progress=report
+            )  # fmt: skip
+            final = {layer: kind for layer, kind in final.items() if layer not in searched.kept_fp32}
+            if searched.harm:
+                sensitivity.plot(searched, folder / SENSITIVITY_PLOT)
+        shutil.rmtree(scratch)
         unused = {f"{layer}.weight" for layer in final}
         unused |= {f"{layer}.{part}" for layer in set(wanted) - set(final) for part in _parts(wanted[layer])}
         placed = write_weights(folder, {name: held[name] for name in held if name not in unused}, report)
@@ -149,9 +171,11 @@ def quantize_bundle(
             if wrong := {layer: kind for layer, kind in found.items() if kind != final.get(layer, FP32)}:
                 raise EngineError(f"{name}.onnx: layers are not what was asked for: {wrong}; please report this bug")
             described[name] = {"file": f"{name}.onnx", "precision": summary(found)}
-        files = {name: entry["file"] for name, entry in described.items()}
-        unpublished = Bundle(folder, spec, source.recipe, source.variant, files, {})
-        _self_test(source, unpublished, final, threads, report).save(folder / SELFTEST)
+        unpublished = _unpublished(source, folder, {name: entry["file"] for name, entry in described.items()})
+        engine = ProbeEngine(unpublished, final, threads)
+        quality = teacher_forced(recorded, engine, report)
+        _self_test(source, engine, report).save(folder / SELFTEST)
+        engine.close()
         quantization = {
             "precision": precision,
             "observer": observer,
@@ -160,6 +184,8 @@ def quantize_bundle(
                 "bundle": calibration.bundle,
             },
             "timings": [timing.sentence for timing in timings],
+            "quality": quality.to_dict(),
+            "sensitivity": _sensitivity_entry(searched),
             "layers": {layer: _layer_entry(final.get(layer, FP32), choices.get(layer)) for layer in known},
         }  # fmt: skip
         provenance = {
@@ -259,31 +285,44 @@ def _quantized(
 
 
 def _measure(
-    scratch: Path,
-    source: Bundle,
-    held: Mapping[str, NDArray[Any]],
-    layers: Mapping[str, list[str]],
-    wanted: Mapping[str, str],
-    threads: int,
-    report: Progress,
+    bench: "_Bench", layers: Mapping[str, list[str]], wanted: Mapping[str, str], report: Progress
 ) -> list[Timing]:
     """Time every graph in fp32 and quantized; trunk and head are parts of one graph, timed by what they add to it."""
-    scratch.mkdir()
+    part = {graph: {layer: wanted[layer] for layer in group if layer in wanted} for graph, group in layers.items()}
+    timings = []
+    for i, graph in enumerate(MANY_ROWS):
+        report("measuring graphs", i, 4)
+        timings.append(_timing(graph, bench.seconds(graph, {}), bench.seconds(graph, part[graph])))
+    plain = bench.seconds("step", {})
+    for i, graph in enumerate(("trunk", "head")):
+        report("measuring graphs", len(MANY_ROWS) + i, 4)
+        timings.append(_timing(graph, plain, bench.seconds("step", part[graph])))
+    return timings
+
+
+def _record(source: Bundle, calibration: Calibration, threads: int, report: Progress) -> list[Recorded]:
+    """Held-out fp32 trajectories: the seed after the one that was calibrated on."""
+    engine = probe(source, threads)
     try:
-        places = write_weights(scratch, held, report)
-        bench = _Bench(source, scratch, places, threads)
-        part = {graph: {layer: wanted[layer] for layer in group if layer in wanted} for graph, group in layers.items()}
-        timings = []
-        for i, graph in enumerate(MANY_ROWS):
-            report("measuring graphs", i, 5)
-            timings.append(_timing(graph, bench.seconds(graph, {}), bench.seconds(graph, part[graph])))
-        plain = bench.seconds("step", {})
-        for i, graph in enumerate(("trunk", "head")):
-            report("measuring graphs", len(MANY_ROWS) + 1 + i, 5)
-            timings.append(_timing(graph, plain, bench.seconds("step", part[graph])))
-        return timings
+        return record(engine, source, images=_HELD_OUT, seed=calibration.plan.seed + 1, progress=report)
     finally:
-        shutil.rmtree(scratch)
+        engine.close()
+
+
+def _unpublished(source: Bundle, folder: Path, graphs: Mapping[str, str]) -> Bundle:
+    return Bundle(folder, source.spec, source.recipe, source.variant, graphs, {})
+
+
+def _sensitivity_entry(found: sensitivity.Sensitivity | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {
+        "budget": found.budget,
+        "flips_before": found.before.flips,
+        "flips_after": found.after.flips,
+        "kept_fp32": list(found.kept_fp32),
+        "kl_alone": {layer: float(f"{kl:.3g}") for layer, kl in found.harm.items()},
+    }
 
 
 def _timing(graph: str, fp32: float, quantized: float) -> Timing:
@@ -325,14 +364,11 @@ class _Bench:
         return statistics.median(times[2:])
 
 
-def _self_test(
-    source: Bundle, quantized: Bundle, precisions: Mapping[str, str], threads: int, report: Progress
-) -> Record:
+def _self_test(source: Bundle, engine: ProbeEngine, report: Progress) -> Record:
     """Draw images on the quantized graphs and record the one whose closest decision is farthest from a tie."""
     spec, recipe = source.spec, source.recipe
     class_id = 207 % spec.num_classes
     batch = make_batch(source, np.full(_SELFTEST_IMAGES, class_id), _SELFTEST_SEED, range(_SELFTEST_IMAGES))
-    engine = ProbeEngine(quantized, precisions, threads)
     drawn = np.empty((_SELFTEST_IMAGES, spec.num_tokens, spec.bits_per_token), dtype=np.uint8)
     margins = np.full(_SELFTEST_IMAGES, np.inf)
     schedule = Schedule.of(recipe, spec.bits_per_token)
@@ -348,6 +384,4 @@ def _self_test(
     bits = to_fine_grid(drawn, spec)
     best = int(margins.argmax())
     image = to_uint8(engine.decode(bits[best : best + 1]))[0]
-    record = Record(_SELFTEST_SEED, best, class_id, bits[best], engine.last_latents()[best].copy(), image)
-    engine.close()
-    return record
+    return Record(_SELFTEST_SEED, best, class_id, bits[best], engine.last_latents()[best].copy(), image)

@@ -167,6 +167,12 @@ def collect(
     return result
 
 
+def make_plan(spec: ModelSpec, *, images: int, seed: int, batch_size: int, real: RealImages | None = None) -> Plan:
+    """Classes spread over the model's, or those of real images."""
+    class_ids = spread_classes(images, spec.num_classes) if real is None else tuple(map(int, real.class_ids))
+    return Plan(images, seed, batch_size, class_ids, "trajectories" if real is None else real.digest)
+
+
 def make_batch(bundle: Bundle, class_ids: NDArray[np.int64], seed: int, indices: range) -> Batch:
     """A batch with the bundle's recipe, raster order and seeded noise."""
     spec, recipe = bundle.spec, bundle.recipe

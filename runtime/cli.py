@@ -69,6 +69,74 @@ def export(
 
 
 @app.command()
+def quantize(
+    bundle: Annotated[Path, typer.Argument(help="An fp32 bundle folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Bundle folder to make.")],
+    precision: Annotated[str, typer.Option(help="int8 (static W8A8), int8-weight or int4-weight.")] = "int8",
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", help="File of ranges: used if it exists, written if not.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="Images to calibrate on.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of the calibration images.")] = 1000,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images drawn together.")] = 8,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Real images, pretokenized (ROOT/train/CLASS/*.npz), instead of drawn ones."),
+    ] = None,
+    observer: Annotated[str, typer.Option(help="Range of activations: max, percentile, entropy or mse.")] = "mse",
+    keep: Annotated[list[str] | None, typer.Option("--keep", help="A linear layer to leave in fp32; repeat.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Fraction of decisions that may flip; harmful layers stay fp32 until it holds.")
+    ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure/--no-measure", help="Keep graphs fp32 where integers are not faster on this machine."),
+    ] = True,
+    threads: Threads = 0,
+    force: Force = False,
+) -> None:
+    """Quantize a bundle with what its layers really see, measure it, and say what became of each graph.
+
+    Example: bar-edge quantize bar_b/ --precision int8 -o bar_b-int8/
+    """
+    trajectories = _need("bar_edge.calibration.trajectories", "calibration")
+    quantizer = _need("bar_edge.calibration.quantizer", "calibration")
+    with _progress() as bar:
+        source = _open(bundle, bar)
+        if calibration is not None and calibration.exists():
+            collected = trajectories.Calibration.load(calibration)
+            collected.check_bundle(source, calibration)
+        else:
+            real = None
+            if data is not None:
+                reader = _need("bar_edge.calibration.pretokenized", "calibration")
+                real = reader.read_pretokenized(data, source.spec, images=images, seed=seed)
+            plan = trajectories.make_plan(source.spec, images=images, seed=seed, batch_size=batch_size, real=real)
+            partial = output.absolute().parent / f".{output.name}.calibration.npz"
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            collected = trajectories.collect(source, plan, real=real, partial=partial, threads=threads, progress=bar)
+            if calibration is not None:
+                collected.save(calibration)
+        made = quantizer.quantize_bundle(
+            source, collected, output, precision=precision, observer=observer, keep_fp32=tuple(keep or ()),
+            budget=budget, measure=measure, force=force, threads=threads, progress=bar,
+        )  # fmt: skip
+    facts = made.manifest["quantization"]
+    for sentence in facts["timings"] or ["nothing measured on this machine (--no-measure)"]:
+        out.print(sentence)
+    for name in ("onnxruntime_modulation", "onnxruntime_step", "onnxruntime_decode"):
+        out.print(f"{name}: {made.manifest['graphs'][name]['precision']}")
+    quality = facts["quality"]
+    out.print(
+        f"{output}: {quality['flips']:.2%} of {quality['decisions']:,} decisions flip against fp32, "
+        f"KL {quality['kl']:.2e} nats a bit, latents {quality['latent_snr_db']:.1f} dB "
+        f"(teacher-forced on {quality['images']} images not calibrated on)"
+    )
+    if searched := facts["sensitivity"]:
+        out.print(f"kept in fp32 for the budget: {', '.join(searched['kept_fp32']) or 'nothing'}")
+
+
+@app.command()
 def generate(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the PNGs and the contact sheet.")],
@@ -171,11 +239,17 @@ def verify(
     config: Annotated[Path | None, typer.Option("--config", help="The checkpoint's YAML.")] = None,
     num: Annotated[int, typer.Option(min=1, help="Images to compare with the checkpoint.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of those images.")] = 0,
+    reference: Annotated[
+        Path | None, typer.Option("--reference", help="The fp32 bundle a quantized one was made from.")
+    ] = None,
     threads: Threads = 0,
     engine: EngineName = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Prove a bundle on this machine: its self-test, and with --against every decision beside the checkpoint.
+    """Prove a bundle on this machine.
+
+    Always its self-test; with --against, every decision beside the checkpoint; with --reference, how far a quantized
+    bundle is from fp32.
 
     Example: bar-edge verify bar_b/ --against bar_b.bin --tokenizer bar_fsq_16bits_ft.bin
     """
@@ -185,6 +259,8 @@ def verify(
     if (against is None) != (tokenizer is None):
         raise RequestError("--against and --tokenizer go together: give both or neither")
     with _progress() as bar, Generator(_open(bundle, bar), engine=engine, threads=threads) as runtime:
+        if against is not None and "quantization" in runtime.bundle.manifest:
+            raise RequestError(f"{bundle} is quantized: compare it with --reference FP32_BUNDLE instead of --against")
         tested = selftest.run(runtime)
         facts: dict[str, Any] = {"selftest": tested.to_dict()}
         passed = tested.passed
@@ -197,6 +273,11 @@ def verify(
             )
             facts["against_checkpoint"] = comparison.to_dict()
             passed = passed and comparison.passed
+        if reference is not None:
+            measured = _need("bar_edge.calibration.quality", "calibration").compare_bundles(
+                _open(reference, bar), runtime.bundle, images=num, seed=seed, threads=threads, progress=bar
+            )
+            facts |= measured
     _show({"passed": passed, **facts}, as_json)
     if not passed:
         raise typer.Exit(1)
@@ -236,7 +317,10 @@ def demo(
     runner.run(output, force=force, console=out, progress=_progress)
 
 
-_EXTRAS = {"export": ("torch", "onnx", "safetensors", "yaml")}
+_EXTRAS = {
+    "export": ("torch", "onnx", "safetensors", "yaml"),
+    "calibration": ("onnx", "matplotlib"),
+}
 
 
 def main() -> None:

@@ -1,0 +1,103 @@
+"""Which layers may be integers within a quality budget.
+
+Each layer alone is quantized in an otherwise fp32 step and led along recorded trajectories; its KL divergence is the
+harm it does. If the fully quantized step exceeds the budget, layers go back to fp32, most harm per byte first, until it
+holds. The plot shows every layer's harm.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from bar_edge.calibration.probe import ProbeEngine
+from bar_edge.calibration.quality import Recorded, TeacherForced, teacher_forced
+from bar_edge.runtime.bundle import Bundle
+from bar_edge.runtime.errors import CalibrationError
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The outcome of a search."""
+
+    budget: float  # fraction of flips allowed
+    before: TeacherForced  # everything quantized
+    after: TeacherForced
+    harm: dict[str, float]  # layer -> KL divergence when it alone is quantized; empty if the budget held at once
+    kept_fp32: tuple[str, ...]
+
+
+def search(
+    recorded: list[Recorded],
+    bundle: Bundle,
+    wanted: Mapping[str, str],
+    weight_bytes: Mapping[str, int],
+    *,
+    budget: float,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """Find the layers to keep in fp32.
+
+    Args:
+        recorded: fp32 trajectories that were not calibrated on.
+        bundle: a folder whose weights hold every layer both ways.
+        wanted: step layer -> precision, everything quantized.
+        weight_bytes: step layer -> bytes of its fp32 weights, what keeping it costs.
+        budget: the fraction of flipped decisions allowed.
+
+    Raises CalibrationError if not even fp32 holds the budget, which means the recording is of another model.
+    """
+
+    def measure(precisions: Mapping[str, str], what: str) -> TeacherForced:
+        engine = ProbeEngine(bundle, precisions, threads)
+        try:
+            return teacher_forced(recorded, engine, progress, what)
+        finally:
+            engine.close()
+
+    before = measure(wanted, "sensitivity: everything quantized")
+    if before.flips <= budget:
+        return Sensitivity(budget, before, before, {}, ())
+    harm = {
+        layer: measure({layer: kind}, f"sensitivity: layer {i + 1} of {len(wanted)}").kl
+        for i, (layer, kind) in enumerate(wanted.items())
+    }
+    order = sorted(wanted, key=lambda layer: harm[layer] / weight_bytes[layer], reverse=True)
+    low, high = 1, len(order)  # the budget fails with low - 1 layers kept; find the fewest that hold
+    results: dict[int, TeacherForced] = {}
+    while low < high:
+        middle = (low + high) // 2
+        results[middle] = measure(
+            {layer: wanted[layer] for layer in order[middle:]}, f"sensitivity: {middle} layers kept"
+        )
+        low, high = (low, middle) if results[middle].flips <= budget else (middle + 1, high)
+    after = results.get(low) or measure(
+        {layer: wanted[layer] for layer in order[low:]}, f"sensitivity: {low} layers kept"
+    )
+    if after.flips > budget:
+        raise CalibrationError(
+            f"a budget of {budget:.2%} flips cannot be held: fp32 itself differs by {after.flips:.2%}"
+        )
+    return Sensitivity(budget, before, after, harm, tuple(order[:low]))
+
+
+def plot(result: Sensitivity, path: Path) -> None:
+    """Bars of every layer's KL divergence, layers kept in fp32 in another colour."""
+    from matplotlib.figure import Figure
+
+    layers = list(result.harm)
+    figure = Figure(figsize=(max(7.0, 0.16 * len(layers) + 2), 5), layout="constrained")
+    axes = figure.subplots()
+    colours = ["#c44e52" if layer in result.kept_fp32 else "#4c72b0" for layer in layers]
+    axes.bar(range(len(layers)), [result.harm[layer] for layer in layers], color=colours)
+    axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=6)
+    axes.set_yscale("log")
+    axes.set_ylabel("KL divergence if quantized alone, nats per bit")
+    axes.set_title(
+        f"{len(result.kept_fp32)} layers kept in fp32 (red): {result.before.flips:.2%} flips before, "
+        f"{result.after.flips:.2%} after, budget {result.budget:.2%}",
+        fontsize=9,
+    )
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,161 @@
+"""The self-test passes on a sound bundle and fails on anything else, in one sentence."""
+
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from bar_edge.runtime import selftest
+from bar_edge.runtime.bundle import SELFTEST
+from bar_edge.runtime.errors import BarEdgeError, BundleError
+from bar_edge.runtime.generator import Generator
+
+
+def test_a_fresh_bundle_passes(golden):
+    found = selftest.run(golden.runtime)
+    assert found.passed
+    assert (found.engine, found.differing_bits, found.first_differing_token) == ("onnxruntime", 0, None)
+    assert found.total_bits == golden.spec.image_seq_len * golden.spec.token_size
+    assert found.latent_error < 1e-4 and found.pixel_error <= 1
+    assert found.sentence.startswith(f"all {found.total_bits} bits equal")
+    assert json.loads(json.dumps(found.to_dict()))["passed"] is True
+
+
+def test_the_demo_passes(digits):
+    assert selftest.run(digits.runtime).passed
+
+
+@pytest.fixture
+def altered(bundle_copy, reseal) -> Callable[..., selftest.SelfTest]:
+    """Run the self-test of a bundle whose record was changed and whose manifest was made to match."""
+
+    def run(change: Callable[[dict[str, np.ndarray]], object]) -> selftest.SelfTest:
+        path = bundle_copy / SELFTEST
+        with np.load(path) as stored:
+            record = dict(stored)
+        change(record)
+        np.savez(path, **record)
+        reseal(bundle_copy)
+        with Generator(bundle_copy, threads=1) as runtime:
+            return selftest.run(runtime)
+
+    return run
+
+
+def test_an_unchanged_record_still_passes(altered):
+    assert altered(lambda record: None).passed
+
+
+def test_a_changed_bit_fails_and_is_named(altered):
+    def change(record):
+        record["bits"][5] ^= 0x10  # bit 43: cell 7 of 6 bits
+
+    found = altered(change)
+    assert not found.passed
+    assert (found.differing_bits, found.total_bits, found.first_differing_token) == (1, 96, 7)
+    assert "1 of 96 bits differ, the first in grid cell 7" in found.sentence
+
+
+def test_a_changed_image_fails(altered):
+    def change(record):
+        value = int(record["image"][3, 4, 1])
+        record["image"][3, 4, 1] = value + 9 if value < 128 else value - 9
+
+    found = altered(change)
+    assert not found.passed and found.differing_bits == 0
+    assert 8 <= found.pixel_error <= 10
+    assert "pixels differ by" in found.sentence
+
+
+def test_one_level_of_rounding_is_allowed(altered):
+    def change(record):
+        at = np.unravel_index(record["image"].argmin(), record["image"].shape)
+        record["image"][at] += 1
+
+    assert altered(change).pixel_error <= 2
+
+
+@pytest.mark.parametrize("value", [1.0, np.nan, np.inf])
+def test_changed_latents_fail(altered, value):
+    def change(record):
+        record["latent"][7] += value
+
+    found = altered(change)
+    assert not found.passed
+    assert "latents differ" in found.sentence
+
+
+@pytest.mark.parametrize("name", ["seed", "class_id", "image_index"])
+def test_another_request_draws_other_bits(altered, name):
+    def change(record):
+        record[name] = record[name] + 1 if record[name] == 0 else record[name] - 1
+
+    assert not altered(change).passed
+
+
+BROKEN = {
+    "no seed": lambda record: record.pop("seed"),
+    "no latent": lambda record: record.pop("latent"),
+    "bits that are no bytes": lambda record: record.update(bits=record["bits"].astype(float)),
+    "a latent of another width": lambda record: record.update(latent=np.zeros(47, dtype=np.float32)),
+    "an image of another size": lambda record: record.update(image=np.zeros((32, 32, 3), dtype=np.uint8)),
+    "several seeds": lambda record: record.update(seed=np.arange(3)),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_record_that_makes_no_sense_is_a_bundle_error(altered, how):
+    with pytest.raises(BundleError, match=r"selftest\.npz"):
+        altered(BROKEN[how])
+
+
+def test_a_record_with_too_few_bits_fails(altered):
+    try:
+        assert not altered(lambda record: record.update(bits=record["bits"][:3])).passed
+    except BundleError as error:
+        assert "selftest.npz" in str(error)
+
+
+@pytest.mark.parametrize("class_id", [99, -3])
+def test_a_record_of_a_class_there_is_not_is_refused(altered, class_id):
+    with pytest.raises(BarEdgeError):
+        altered(lambda record: record.update(class_id=np.int64(class_id)))
+
+
+def a_single_array(path):
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+
+
+FILES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_bytes(b"not an archive"),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:200]),
+    "a single array": a_single_array,
+    "a pickle": lambda path: np.savez(path, seed=np.array({"code": "object"}, dtype=object)),
+    "absent": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("how", FILES)
+def test_a_file_that_is_no_record_is_a_bundle_error(bundle_copy, reseal, how):
+    FILES[how](bundle_copy / SELFTEST)
+    reseal(bundle_copy)
+    with Generator(bundle_copy, threads=1) as runtime, pytest.raises(BundleError, match=r"selftest\.npz"):
+        selftest.run(runtime)
+
+
+def test_flipped_bytes_are_a_bundle_error_or_a_record_but_never_a_crash(patch1, tmp_path):
+    shape = (patch1.spec.image_seq_len, patch1.spec.token_size)
+    content, path = (patch1.bundle.path / SELFTEST).read_bytes(), tmp_path / "selftest.npz"
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(content)
+        for place in rng.integers(len(content), size=3):
+            damaged[place] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            assert selftest.Record.load(path, shape).bits.shape == shape
+        except BundleError:
+            continue
