@@ -1,11 +1,12 @@
-"""Latency of a bundle beside the PyTorch reference, in one interleaved run.
+"""Latency of bundles beside the PyTorch reference, in one interleaved run.
 
-    python -m bar_edge.benchmarks.latency /tmp/bar_b /tmp/bar_b-bundle -o benchmarks/results/NAME.json
+    python -m bar_edge.benchmarks.latency /tmp/bar_b /tmp/bar_b-fp32 /tmp/bar_b-int8 -o benchmarks/results/NAME.json
 
 The first argument is a folder with generator.bin, tokenizer.bin and config.yaml (see random_checkpoint.py).
 """
 
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,60 +20,77 @@ from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines.onnxruntime import cpu_count
 from bar_edge.runtime.inspection import bytes_per_token
 
-BASELINE, RUNTIME, MEMORY = "pytorch float32", "onnxruntime", "memory"
+MEMORY = "memory"
 
 
 def compare(
-    checkpoint: dict[str, str | None],
-    bundle: Path,
+    checkpoint: Mapping[str, str | None],
+    bundles: Sequence[Path],
     *,
     batch: int,
     tokens: int,
     rounds: int,
     threads: int,
-    progress: Any,
+    baselines: Sequence[str] = ("float32",),
+    progress: Callable[[str], None] | None = None,
 ) -> Report:
-    """Measure the reference and the runtime; adds the derived figures under `summary`."""
+    """Measure the reference in each of the `baselines` dtypes and every bundle; derived figures are in `summary`."""
     common = {"batch": batch, "tokens": tokens, "threads": threads}
     contenders = [
-        Contender(BASELINE, "bar_edge.benchmarks.contenders:pytorch", {**checkpoint, **common}),
-        Contender(RUNTIME, "bar_edge.benchmarks.contenders:runtime",
-                  {"bundle": str(bundle), "engine": "onnxruntime", **common}),
-        Contender(MEMORY, "bar_edge.benchmarks.contenders:memory", {"threads": threads}),
-    ]  # fmt: skip
-    report = measure(
-        contenders,
-        rounds=rounds,
-        command=" ".join(["python -m bar_edge.benchmarks.latency", *sys.argv[1:]]),
-        progress=progress,
-    )
-    opened = Bundle.open(bundle)
-    spec = opened.spec
-    read = bytes_per_token(weights.read_places(bundle / weights.FILE_NAME), len(opened.recipe.allocation))
-    rows = batch * (2 if opened.recipe.guidance > 1 else 1)
-    cache = rows * 8 * spec.num_layers * (spec.prefix_length + spec.num_tokens) * spec.hidden_size
-    stored = (bundle / weights.FILE_NAME).stat().st_size
+        Contender(
+            f"pytorch {dtype}", "bar_edge.benchmarks.contenders:pytorch", {**checkpoint, **common, "dtype": dtype}
+        )
+        for dtype in baselines
+    ]
+    contenders += [
+        Contender(
+            path.name,
+            "bar_edge.benchmarks.contenders:runtime",
+            {"bundle": str(path), "engine": "onnxruntime", **common},
+        )
+        for path in bundles
+    ]
+    contenders.append(Contender(MEMORY, "bar_edge.benchmarks.contenders:memory", {"threads": threads}))
+    command = " ".join(["python -m bar_edge.benchmarks.latency", *sys.argv[1:]])
+    report = measure(contenders, rounds=rounds, command=command, progress=progress)
+    stage = "image" if tokens == 0 else "token"
+    base = median(report, contenders[0].name, stage)
     report["summary"] = {
-        "variant": opened.variant, "batch": batch, "threads": threads, "bytes_per_token": read,
-        "weights_and_kv_cache_bytes": stored + cache,
-    }  # fmt: skip
-    reference, ours, bandwidth = (
-        median(report, BASELINE, "token"), median(report, RUNTIME, "token"), median(report, MEMORY, "bytes_per_second")
-    )  # fmt: skip
-    if reference and ours and bandwidth:
-        peak = next(entry["peak_rss_bytes"] for entry in report["contenders"] if entry["name"] == RUNTIME)
-        report["summary"] |= {
-            "token_speedup": reference / ours,
-            "floor_seconds": read / bandwidth,
-            "fraction_of_bandwidth": read / bandwidth / ours,
-            "peak_rss_over_weights_and_cache": peak / (stored + cache),
-        }
+        "model": Bundle.open(bundles[0]).variant,
+        "batch": batch,
+        "threads": threads,
+        "stage": stage,
+        "bundles": {path.name: _derived(report, path, batch, stage, base) for path in bundles},
+    }
     return report
+
+
+def _derived(report: Report, path: Path, batch: int, stage: str, base: float | None) -> dict[str, Any]:
+    """Speed beside the first baseline, and beside what the machine's memory allows."""
+    bundle = Bundle.open(path)
+    spec = bundle.spec
+    read = bytes_per_token(weights.read_places(path / weights.FILE_NAME), len(bundle.recipe.allocation))
+    rows = batch * (2 if bundle.recipe.guidance > 1 else 1)
+    cache = rows * 8 * spec.num_layers * (spec.prefix_length + spec.num_tokens) * spec.hidden_size
+    held = (path / weights.FILE_NAME).stat().st_size + cache
+    derived: dict[str, Any] = {"bytes_per_token": read, "weights_and_kv_cache_bytes": held}
+    ours, token = median(report, path.name, stage), median(report, path.name, "token")
+    memory = next(entry for entry in report["contenders"] if entry["name"] == MEMORY)
+    bandwidth = memory["stages"]["bytes_per_second"]["maximum"] if "stages" in memory else None  # what it can do
+    if base and ours and token and bandwidth:
+        peak = next(entry["peak_rss_bytes"] for entry in report["contenders"] if entry["name"] == path.name)
+        derived |= {
+            f"{stage}_speedup": base / ours,
+            "floor_seconds": read / bandwidth,
+            "fraction_of_bandwidth": read / bandwidth / token,
+            "peak_rss_over_weights_and_cache": peak / held,
+        }
+    return derived
 
 
 def table(report: Report) -> Table:
     """The report for people."""
-    result = Table(title=f"{report['summary']['variant'] or 'model'}, batch {report['summary']['batch']}")
+    result = Table(title=f"{report['summary']['model'] or 'model'}, batch {report['summary']['batch']}")
     for heading in ("contender", "token ms", "first token ms", "decode ms", "s per image", "peak RSS MiB", "load s"):
         result.add_column(heading, justify="left" if heading == "contender" else "right")
     for entry in report["contenders"]:
@@ -92,26 +110,27 @@ def table(report: Report) -> Table:
 
 def main(
     checkpoint: Annotated[Path, typer.Argument(help="Folder with generator.bin, tokenizer.bin, config.yaml.")],
-    bundle: Annotated[Path, typer.Argument(help="The bundle exported from it.")],
+    bundles: Annotated[list[Path], typer.Argument(help="Bundles made from it.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="JSON to write.")],
     batch: Annotated[int, typer.Option(help="Images drawn together.")] = 1,
     tokens: Annotated[int, typer.Option(help="Tokens per round; 0 for whole images.")] = 9,
     rounds: Annotated[int, typer.Option(help="Counted rounds.")] = 4,
+    baseline: Annotated[list[str] | None, typer.Option(help="float32 or bfloat16; repeat.")] = None,
     threads: Annotated[int, typer.Option(help="0 for all cores.")] = 0,
 ) -> None:
     """Measure, print the table, write the JSON."""
     console = Console()
     names = {"generator": "generator.bin", "tokenizer": "tokenizer.bin", "config": "config.yaml"}
-    files: dict[str, str | None] = {key: str(checkpoint / name) for key, name in names.items()}
     with console.status("loading") as status:
         report = compare(
-            files, bundle, batch=batch, tokens=tokens, rounds=rounds, threads=threads or cpu_count(),
-            progress=status.update,
+            {key: str(checkpoint / name) for key, name in names.items()}, bundles, batch=batch, tokens=tokens,
+            rounds=rounds, threads=threads or cpu_count(), baselines=baseline or ["float32"], progress=status.update,
         )  # fmt: skip
+    output.parent.mkdir(parents=True, exist_ok=True)
     save(report, output)
     console.print(table(report))
-    for key, value in report["summary"].items():
-        console.print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
+    for name, derived in report["summary"]["bundles"].items():
+        console.print(name, {key: round(value, 4) for key, value in derived.items()})
 
 
 if __name__ == "__main__":

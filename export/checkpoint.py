@@ -18,8 +18,8 @@ import torch
 import yaml
 from packaging.version import Version
 
-from bar_edge.runtime.errors import CheckpointError
-from bar_edge.runtime.spec import DECODER_HEADS, VARIANTS, ModelSpec, Recipe, check_allocation, find_variant
+from bar_edge.runtime.errors import CheckpointError, RequestError
+from bar_edge.runtime.spec import DECODER_HEADS, VARIANTS, ModelSpec, Recipe, find_variant
 
 Tensors = dict[str, torch.Tensor]
 
@@ -59,8 +59,9 @@ def load_checkpoint(
         CheckpointError: unreadable file, missing, extra or misshaped tensors, or a generator and a tokenizer that
             do not belong together.
     """
+    overrides = list(overrides)
     tokenizer_tensors = read_tokenizer(tokenizer)
-    generator_tensors = read_state_dict(generator)
+    generator_tensors = _with_shared_tables(read_state_dict(generator))
     settings = read_config(config, overrides)
     spec = infer_spec(generator_tensors, tokenizer_tensors, generator, tokenizer)
     _check_config(spec, settings, generator)
@@ -141,14 +142,15 @@ def read_config(path: Path | None, overrides: Iterable[str] = ()) -> dict[str, A
 
 def infer_spec(generator: Tensors, tokenizer: Tensors, generator_path: Path, tokenizer_path: Path) -> ModelSpec:
     """Read every size off the tensors. Raises CheckpointError if a defining tensor is missing or sizes disagree."""
-    defining = (
-        "cls_token", "pos_embed", "embeddings.weight", "blocks.0.attn.q_norm.weight", "blocks.0.attn.rope.freqs_cos",
-        "lm_head.output_embed.weight", "lm_head.ln_pre.weight",
-    )  # fmt: skip
+    defining = {
+        "cls_token": 3, "pos_embed": 3, "embeddings.weight": 2, "blocks.0.attn.q_norm.weight": 1,
+        "blocks.0.attn.rope.freqs_cos": 2, "lm_head.output_embed.weight": 2, "lm_head.ln_pre.weight": 1,
+    }  # fmt: skip
     missing = [name for name in defining if name not in generator]
     if missing:
         hint = " (this looks like a tokenizer)" if any(name.startswith("decoder.") for name in generator) else ""
         raise CheckpointError(f"{generator_path}: not a BAR generator{hint}; missing {_listing(missing)}")
+    _check_ranks(generator, defining, generator_path)
     hidden_size = generator["cls_token"].shape[-1]
     head_dim = generator["blocks.0.attn.q_norm.weight"].shape[0]
     num_tokens = generator["pos_embed"].shape[1] - 128
@@ -323,16 +325,44 @@ def _strip_prefixes(tensors: Mapping[str, torch.Tensor], path: Path) -> Tensors:
 
 
 def _tokenizer_shapes(tensors: Tensors, path: Path) -> dict[str, tuple[int, ...]]:
-    defining = ("quantize.out_proj.weight", "decoder.positional_embedding", "decoder.ffn.0.weight")
+    defining = {"quantize.out_proj.weight": 2, "decoder.positional_embedding": 2, "decoder.ffn.0.weight": 4}
     missing = [name for name in defining if name not in tensors]
     if missing:
         raise CheckpointError(f"{path}: not a BAR tokenizer; missing {_listing(missing)}")
+    _check_ranks(tensors, defining, path)
     width, token_size = tensors["quantize.out_proj.weight"].shape
     if width % DECODER_HEADS:
         raise CheckpointError(f"{path}: decoder width {width} does not divide into {DECODER_HEADS} heads")
     pixels = math.isqrt(tensors["decoder.ffn.0.weight"].shape[0] // 3)
     cells = tensors["decoder.positional_embedding"].shape[0] - 1
     return tokenizer_shapes(width, _count(tensors, r"decoder\.transformer\.(\d+)\."), token_size, cells, pixels)
+
+
+def _check_ranks(tensors: Tensors, ranks: dict[str, int], path: Path) -> None:
+    """Sizes are read off these tensors: they must have the dimensions expected, none of them empty."""
+    wrong = [
+        f"{name} has shape {list(tensors[name].shape)}, expected {rank} dimensions"
+        for name, rank in ranks.items()
+        if tensors[name].ndim != rank or not tensors[name].numel()
+    ]
+    if wrong:
+        raise CheckpointError(f"{path}: tensors do not fit the model: {_listing(wrong, '; ')}")
+
+
+def _with_shared_tables(tensors: Tensors) -> Tensors:
+    """Rotary tables are equal in all blocks; writers that drop shared tensors keep only one of them."""
+    shared = {
+        kind: next((t for name, t in tensors.items() if name.endswith(f".attn.rope.{kind}")), None)
+        for kind in ("freqs_cos", "freqs_sin")
+    }
+    blocks = {name.split(".")[1] for name in tensors if re.match(r"blocks\.\d+\.attn\.qkv\.weight", name)}
+    filled = {
+        f"blocks.{block}.attn.rope.{kind}": table
+        for block in blocks
+        for kind, table in shared.items()
+        if table is not None
+    }
+    return {**filled, **tensors}
 
 
 def _check_tensors(tensors: Tensors, expected: dict[str, tuple[int, ...]], path: Path) -> None:
@@ -351,6 +381,7 @@ def _check_config(spec: ModelSpec, settings: dict[str, Any], path: Path) -> None
     """The YAML must describe this checkpoint: every size it states is compared with the tensors."""
     model = _section(settings, "model")
     generator, vq_model = _section(model, "generator"), _section(model, "vq_model")
+    described = "hidden_size" in generator  # the authors' YAML, not only overrides of a few values
     head = _section(generator, "mbm_head")
     preprocessing = _section(_section(settings, "dataset"), "preprocessing")
     stated = {
@@ -360,9 +391,9 @@ def _check_config(spec: ModelSpec, settings: dict[str, Any], path: Path) -> None
         "model.generator.image_seq_len": (generator.get("image_seq_len"), spec.image_seq_len),
         "model.generator.condition_num_classes": (generator.get("condition_num_classes"), spec.num_classes),
         "model.generator.target_codebook_size": (generator.get("target_codebook_size"), 2),
-        "model.generator.patch_size": (generator.get("patch_size", 1 if generator else None), spec.patch_size),
+        "model.generator.patch_size": (generator.get("patch_size", 1 if described else None), spec.patch_size),
         "model.generator.repeat_class_condition": (
-            generator.get("repeat_class_condition", 32 if generator else None),
+            generator.get("repeat_class_condition", 32 if described else None),
             spec.repeat_class_condition,
         ),
         "model.generator.latent_height": (generator.get("latent_height"), spec.grid_size),
@@ -413,8 +444,10 @@ def _recipe(settings: dict[str, Any], published: Recipe | None, overrides: Itera
         recipe = Recipe(float(guidance), float(temperature), tuple(int(a) for a in allocation))  # type: ignore[arg-type, union-attr]
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the sampling recipe in the YAML is malformed: {chosen}") from error
-    check_allocation(recipe.allocation, spec.bits_per_token)
-    return recipe.validated(spec.bits_per_token)
+    try:
+        return recipe.validated(spec.bits_per_token)
+    except RequestError as error:
+        raise CheckpointError(f"the sampling recipe in the YAML does not fit: {error}") from error
 
 
 def _section(settings: Any, name: str) -> dict[str, Any]:
@@ -427,8 +460,8 @@ def _is_interpolation(value: Any) -> bool:
 
 
 def _count(tensors: Tensors, pattern: str) -> int:
-    found = [int(match.group(1)) for name in tensors if (match := re.match(pattern, name))]
-    return max(found, default=-1) + 1
+    found = {int(match.group(1)) for name in tensors if (match := re.match(pattern, name))}
+    return min(max(found, default=-1) + 1, len(tensors))  # an absurd index is reported as unknown, not allocated
 
 
 def _listing(items: list[str], separator: str = ", ") -> str:

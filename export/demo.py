@@ -67,7 +67,7 @@ def run(output: Path, *, force: bool, console: Console, progress: Callable[[], A
             )
         with console.status("timing") as status:
             report = latency.compare(
-                {**{name: str(path) for name, path in sources.items()}, "config": str(config)}, bundle_path,
+                {**{name: str(path) for name, path in sources.items()}, "config": str(config)}, [bundle_path],
                 batch=1, tokens=0, rounds=_TIMED_ROUNDS, threads=cpu_count(), progress=status.update,
             )  # fmt: skip
     console.print(latency.table(report))

@@ -61,14 +61,16 @@ class Bundle:
                 float(sampling["guidance"]), float(sampling["temperature"]), tuple(map(int, sampling["allocation"]))
             )
             variant = manifest["variant"]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise BundleError(f"{path / MANIFEST}: incomplete or malformed ({error!r}). {_REMEDY}") from error
         _verify_files(path, files, progress)
         for name, file in graphs.items():
             if file not in files:
                 raise BundleError(f"{path / MANIFEST}: graph {name} is in {file!r}, which is not listed. {_REMEDY}")
+            if not file.endswith(".onnx"):
+                raise BundleError(f"{path / MANIFEST}: graph {name} is in {file!r}, which is no .onnx file. {_REMEDY}")
         for file in files:
-            if file.endswith(".onnx"):
+            if file.lower().endswith(".onnx"):
                 _check_locations(path / file, files)
         return cls(path, spec, recipe, variant, graphs, manifest)
 
@@ -140,7 +142,9 @@ def publish(output: Path, needed_bytes: int, *, force: bool) -> Iterator[Path]:
     Raises BundleError if `output` exists and `force` is not set, or the disk has less than `needed_bytes` free.
     On any error or interruption nothing is left behind.
     """
-    if (output.exists() or output.is_symlink()) and not force:
+    if output.is_symlink():
+        raise BundleError(f"{output}: is a link; give the folder itself")
+    if output.exists() and not force:
         raise BundleError(f"{output}: exists already; choose another folder or pass --force to replace it")
     if (
         force
@@ -169,8 +173,12 @@ def publish(output: Path, needed_bytes: int, *, force: bool) -> Iterator[Path]:
         if output.exists():
             old = temporary.with_suffix(".old")
             output.rename(old)
-            temporary.rename(output)
-            shutil.rmtree(old)
+            try:
+                temporary.rename(output)
+            except OSError:
+                old.rename(output)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
         else:
             temporary.rename(output)
         _sync(parent)
@@ -191,7 +199,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise BundleError(f"{file}: too large to be a manifest. {_REMEDY}")
     try:
         manifest = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{file}: cut short or not JSON ({error}). {_REMEDY}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise BundleError(f"{file}: not the manifest of a bar-edge bundle. {_REMEDY}")

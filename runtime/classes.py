@@ -1,5 +1,7 @@
 """Class names: ImageNet's for the 1000-class models, numbers for all others."""
 
+import re
+
 from bar_edge.runtime.errors import RequestError
 from bar_edge.runtime.spec import ModelSpec
 
@@ -18,7 +20,7 @@ def parse_class(text: str, spec: ModelSpec) -> int:
 
     A name may be a part of the class's name if only one class has it; case does not matter.
     """
-    if text.strip().lstrip("-").isdigit():
+    if re.fullmatch(r"\s*-?[0-9]{1,9}\s*", text):
         return int(text)
     if spec.num_classes != _IMAGENET:
         raise RequestError(f"class {text!r}: this model has no class names; give a number 0 to {spec.num_classes - 1}")

@@ -326,16 +326,23 @@ _EXTRAS = {
 def main() -> None:
     """Run the command; a BarEdgeError becomes one line and exit code 2."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except BarEdgeError as error:
         if "--debug" in sys.argv:
             raise
         err.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
         err.print(str(error), markup=False, highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         err.print("interrupted; nothing half-written was left behind")
         sys.exit(130)
+    except Exception as error:
+        show, exit_code = getattr(error, "show", None), getattr(error, "exit_code", None)
+        if show is None or exit_code is None:
+            raise
+        show()  # a mistake on the command line itself, explained by typer
+        sys.exit(exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 class _Bar:

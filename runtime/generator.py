@@ -8,6 +8,7 @@ classes and `num=2`, indices 0 and 1 are the first class. Batch size, threads an
 floating-point ties.
 """
 
+import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -160,11 +161,14 @@ class Generator:
         """
         spec = self.spec
         recipe.validated(spec.bits_per_token)
+        class_ids = np.asarray(class_ids)
+        if class_ids.ndim != 1 or class_ids.dtype.kind not in "iu" or not self._known(class_ids):
+            raise RequestError(f"class ids must be whole numbers 0 to {spec.num_classes} (unconditional): {class_ids}")
         if noise.images != len(class_ids):
             raise RequestError(f"noise for {noise.images} images, but {len(class_ids)} class ids")
         u_bits, u_confidence = noise.uniforms(spec.num_tokens, len(recipe.allocation), spec.bits_per_token)
         orders = noise.orders(spec.num_tokens)
-        batch = Batch(np.asarray(class_ids, dtype=np.int64), recipe, u_bits, u_confidence, orders)
+        batch = Batch(class_ids.astype(np.int64), recipe, u_bits, u_confidence, orders)
         with self._lock:
             drawn = self._running().sample(batch, progress)  # [B, N, K] by generation step
         raster = np.empty_like(drawn)
@@ -204,18 +208,29 @@ class Generator:
         if temperature is not None:
             recipe = replace(recipe, temperature=float(temperature))
         if allocation is not None:
-            recipe = replace(recipe, allocation=tuple(int(count) for count in allocation))
+            recipe = replace(recipe, allocation=tuple(_integer(count, "allocation") for count in allocation))
         return recipe.validated(self.spec.bits_per_token)
 
     def _class_ids(self, class_ids: Sequence[int | None]) -> NDArray[np.int64]:
         known = self.spec.num_classes
-        wrong = [c for c in class_ids if c is not None and not 0 <= c < known]
-        if wrong or not class_ids:
+        ids = [known if c is None else _integer(c, "class id") for c in class_ids]
+        wrong = [i for c, i in zip(class_ids, ids, strict=True) if c is not None and not 0 <= i < known]
+        if wrong or not ids:
             found = f"{wrong[0]} is not" if wrong else "none is given"
             raise RequestError(f"class ids: {found}; this model has classes 0 to {known - 1}")
-        return np.array([known if c is None else c for c in class_ids], dtype=np.int64)
+        return np.array(ids, dtype=np.int64)
+
+    def _known(self, class_ids: NDArray[Any]) -> bool:
+        return bool(((class_ids >= 0) & (class_ids <= self.spec.unconditional_class)).all()) and len(class_ids) > 0
 
     def _running(self) -> engines.Engine:
         if self._engine is None:
             raise EngineError("this generator is closed")
         return self._engine
+
+
+def _integer(value: Any, what: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise RequestError(f"{what} must be a whole number, is {value!r}") from error

@@ -116,7 +116,11 @@ class RecordedNoise:
         return self.u_bits, self.u_confidence
 
     def orders(self, tokens: int) -> NDArray[np.int64]:
-        return raster_orders(self.images, tokens) if self.recorded_orders is None else self.recorded_orders
+        if self.recorded_orders is None:
+            return raster_orders(self.images, tokens)
+        if not np.array_equal(np.sort(self.recorded_orders, axis=-1), raster_orders(self.images, tokens)):
+            raise RequestError(f"recorded orders must be {self.images} permutations of {tokens} grid indices")
+        return self.recorded_orders
 
 
 def raster_orders(images: int, tokens: int) -> NDArray[np.int64]:

@@ -44,6 +44,8 @@ def _walk(data: memoryview) -> Iterator[tuple[int, Any]]:
     while position < len(data):
         key, position = _varint(data, position)
         kind = key & 7
+        if not 8 <= key < 2**32:  # parsers cut longer keys short, and would read another field than we did
+            raise ValueError(f"field key {key} out of range")
         value: Any = None
         if kind == _VARINT:
             value, position = _varint(data, position)

@@ -5,7 +5,6 @@ uint8. The sampling settings are the bundle's recipe in raster order.
 """
 
 import io
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from bar_edge.runtime.errors import BundleError
 from bar_edge.runtime.generator import Generator
 from bar_edge.runtime.noise import SeededNoise
 from bar_edge.runtime.sampling import to_uint8
+from bar_edge.runtime.spec import ModelSpec
 
 PIXEL_TOLERANCE = 1  # levels: truncation to uint8 may fall either way
 LATENT_TOLERANCE = 1e-3  # of the largest value, fp32
@@ -42,15 +42,32 @@ class Record:
         )  # fmt: skip
 
     @classmethod
-    def load(cls, path: Path, shape: tuple[int, int]) -> "Record":
-        """Read a record whose bits have the given shape. Raises BundleError."""
+    def load(cls, path: Path, spec: ModelSpec) -> "Record":
+        """Read a record and check that it is one of this model. Raises BundleError."""
+        shapes = {
+            "seed": (np.uint64, ()),
+            "image_index": (np.int64, ()),
+            "class_id": (np.int64, ()),
+            "bits": (np.uint8, (-(-spec.image_seq_len * spec.token_size // 8),)),
+            "latent": (np.float32, (spec.head_width,)),
+            "image": (np.uint8, (spec.image_size, spec.image_size, 3)),
+        }
         try:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
-                bits = np.unpackbits(stored["bits"], count=shape[0] * shape[1]).reshape(shape)
-                seed, index, class_id = (int(stored[name]) for name in ("seed", "image_index", "class_id"))
-                return cls(seed, index, class_id, bits, stored["latent"], stored["image"])
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise BundleError(f"{path}: not a readable self-test ({error}); export the bundle again") from error
+                found = {name: stored[name] for name in shapes}
+        except Exception as error:  # numpy and zipfile raise a dozen kinds for damaged files
+            raise BundleError(f"{path}: not a readable self-test ({error!r}); export the bundle again") from error
+        for name, (dtype, shape) in shapes.items():
+            if found[name].dtype != dtype or found[name].shape != shape:
+                raise BundleError(f"{path}: {name} is {found[name].dtype} {list(found[name].shape)}, expected "
+                                  f"{np.dtype(dtype)} {list(shape)}; export the bundle again")  # fmt: skip
+        seed, index, class_id = (int(found[name]) for name in ("seed", "image_index", "class_id"))
+        if not (0 <= class_id <= spec.num_classes and 0 <= index < 2**32):
+            raise BundleError(f"{path}: class {class_id}, image {index} is not of this model; export the bundle again")
+        bits = np.unpackbits(found["bits"], count=spec.image_seq_len * spec.token_size)
+        return cls(
+            seed, index, class_id, bits.reshape(spec.image_seq_len, spec.token_size), found["latent"], found["image"]
+        )
 
 
 @dataclass(frozen=True)
@@ -74,19 +91,19 @@ class SelfTest:
 def run(generator: Generator) -> SelfTest:
     """Draw and decode the recorded image on the generator's engine and compare."""
     spec = generator.spec
-    record = Record.load(generator.bundle.path / SELFTEST, (spec.image_seq_len, spec.token_size))
+    record = Record.load(generator.bundle.path / SELFTEST, spec)
     noise = SeededNoise(record.seed, [record.image_index])
     bits = generator.sample(np.array([record.class_id]), generator.bundle.recipe, noise)[0]
     latent = generator.last_latents()[0]
     pixels = to_uint8(generator.decode_raw(record.bits[None]))[0]
     pixel_error = int(np.abs(pixels.astype(int) - record.image).max())
-    latent_error = float(np.abs(latent - record.latent).max() / np.abs(record.latent).max())
+    latent_error = float(np.abs(latent - record.latent).max() / max(np.abs(record.latent).max(), 1e-12))
     wrong = bits != record.bits
     first = int(np.flatnonzero(wrong.any(axis=1))[0]) if wrong.any() else None
     failures = []
     if first is not None:
         failures.append(f"{int(wrong.sum())} of {wrong.size} bits differ, the first in grid cell {first}")
-    if latent_error > LATENT_TOLERANCE:
+    if not latent_error <= LATENT_TOLERANCE:  # NaN fails
         failures.append(f"latents differ by {latent_error:.1e} of their size, {LATENT_TOLERANCE:.0e} is allowed")
     if pixel_error > PIXEL_TOLERANCE:
         failures.append(f"pixels differ by {pixel_error} levels, {PIXEL_TOLERANCE} is allowed")

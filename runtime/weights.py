@@ -6,6 +6,7 @@ model is never in memory twice; large tensors come first and the header is padde
 """
 
 import json
+import math
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class StoredTensor:
     @property
     def length(self) -> int:
         """Bytes."""
-        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def lay_out(tensors: Mapping[str, PendingTensor]) -> tuple[bytes, dict[str, Stor
     """The file's header and the place of every tensor, in file order."""
 
     def size(name: str) -> int:
-        return tensors[name].dtype.itemsize * int(np.prod(tensors[name].shape, dtype=np.int64))
+        return tensors[name].dtype.itemsize * math.prod(tensors[name].shape)
 
     names = sorted(tensors, key=lambda name: (size(name) % ALIGNMENT != 0, -tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {}
@@ -104,20 +105,26 @@ def read_places(path: Path) -> dict[str, StoredTensor]:
             raise BundleError(f"{path}: not a safetensors file (header of {length} bytes in a file of {size})")
         try:
             header = json.loads(file.read(length))
-            places = {
-                name: StoredTensor(
-                    _DTYPES[entry["dtype"]], tuple(map(int, entry["shape"])), 8 + length + int(entry["data_offsets"][0])
-                )
-                for name, entry in header.items()
-                if name != "__metadata__"
-            }
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            places = {name: _place(entry, 8 + length) for name, entry in header.items() if name != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BundleError(f"{path}: its safetensors header is malformed ({error!r})") from error
     expected = 8 + length
     for name, place in sorted(places.items(), key=lambda item: item[1].offset):
-        if place.offset != expected or any(n < 0 for n in place.shape):
+        if place.offset != expected:
             raise BundleError(f"{path}: tensor {name} does not follow its neighbour; the file was tampered with")
         expected += place.length
     if expected != size:
         raise BundleError(f"{path}: its header describes {expected} bytes, the file has {size}")
     return places
+
+
+def _place(entry: dict[str, Any], start: int) -> StoredTensor:
+    """One entry of the header, whose data begin `start` bytes into the file. Raises ValueError, KeyError, TypeError."""
+    begin, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if any(type(n) is not int or n < 0 for n in (begin, end, *shape)):
+        raise ValueError(f"sizes must be whole numbers: {entry}")
+    place = StoredTensor(_DTYPES[entry["dtype"]], shape, start + begin)
+    if begin + place.length != end:
+        raise ValueError(f"shape {list(shape)} does not fill bytes {begin} to {end}")
+    return place

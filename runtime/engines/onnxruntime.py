@@ -123,6 +123,9 @@ class OnnxRuntimeEngine:
         return self._step.latent.copy()
 
     def decode(self, bits: NDArray[np.uint8]) -> Floats:
+        size = self.spec.image_size
+        if not len(bits):
+            return np.empty((0, 3, size, size), dtype=np.float32)
         session = self._session(_DECODE)
         parts = [
             session.run(None, {"bits": bits[i : i + _DECODE_IMAGES].astype(np.float32)})[0]
