@@ -323,6 +323,9 @@ _EXTRAS = {
 }
 
 
+_INTERRUPTED = 130  # what typer makes of Ctrl-C
+
+
 def main() -> None:
     """Run the command; a BarEdgeError becomes one line and exit code 2."""
     try:
@@ -333,15 +336,14 @@ def main() -> None:
         err.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
         err.print(str(error), markup=False, highlight=False)
         sys.exit(2)
-    except (KeyboardInterrupt, typer.Abort):
-        err.print("interrupted; nothing half-written was left behind")
-        sys.exit(130)
     except Exception as error:
         show, exit_code = getattr(error, "show", None), getattr(error, "exit_code", None)
         if show is None or exit_code is None:
             raise
         show()  # a mistake on the command line itself, explained by typer
         sys.exit(exit_code)
+    if code == _INTERRUPTED:
+        err.print("interrupted; nothing half-written was left behind")
     sys.exit(code if isinstance(code, int) else 0)
 
 

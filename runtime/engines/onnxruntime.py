@@ -31,7 +31,7 @@ _MODULATION, _MASK_RATIO, _STEP, _DECODE = (
     "onnxruntime_step",
     "onnxruntime_decode",
 )
-_MODULATION_BYTES = 64 * 2**20  # of one chunk: large enough for full-speed products, small beside any model
+_MODULATION_BYTES = 32 * 2**20  # of one chunk: large enough for full-speed products, small beside any model
 _UNCONDITIONAL_BYTES = 256 * 2**20  # keep the unconditional modulation if it is not larger (BAR-B: 128 MB)
 _PREFIX_ROWS = 4  # rows whose prefix runs together: bounds the activations
 _DECODE_IMAGES = 8
@@ -310,6 +310,9 @@ def load_session(ort: ModuleType, model: Path | bytes, threads: int, folder: Pat
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    # The default spins so long that on a shared machine it takes the core the other thread needs: 87 ms a token became
+    # 53 to 58 beside another process (BAR-B int8, 2 cores), and a quiet machine shows no difference (28.5 and 27.0).
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
     options.log_severity_level = 3  # errors; what the runtime warns of is checked by tests instead
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
