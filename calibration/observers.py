@@ -19,6 +19,7 @@ Floats = NDArray[np.float32]
 LEVELS = 127  # symmetric int8: -127..127
 PERCENTILE = 99.99
 _FLUSH_ROWS = 256
+PREFIX = "prefix"  # the stratum of prefix positions
 _ROWS = 48  # sampled per stratum
 _CAPACITY = {"positions": 384, "cells": 384}  # layers with a single stratum
 _KL_BINS, _MSE_STEPS = 2048, 40
@@ -47,7 +48,8 @@ class InputStats:
 
     def __init__(self, layer: str, channels: int) -> None:
         self.layer = layer
-        self.channel_max: Floats = np.zeros(channels, dtype=np.float32)
+        self.maxima: Floats = np.zeros((2, 2, channels), dtype=np.float32)  # fold; prefix, all other positions
+        self.fold = 0  # 0 or 1: which half of the images the rows that come belong to
         self.channel_square: NDArray[np.float64] = np.zeros(channels)
         self.count = 0
         self.strata: dict[str, Stratum] = {}
@@ -70,16 +72,34 @@ class InputStats:
                     f"the input of {self.layer} was NaN or infinite at {stratum}: the bundle is damaged or its model "
                     "overflows; run `bar-edge verify` on it"
                 )
-            np.maximum(self.channel_max, np.abs(rows).max(axis=0), out=self.channel_max)
+            group = self.maxima[self.fold, 0 if stratum == PREFIX else 1]
+            np.maximum(group, np.abs(rows).max(axis=0), out=group)
             self.channel_square += np.square(rows, dtype=np.float64).sum(axis=0)
             self.count += len(rows)
             self.strata.setdefault(stratum, Stratum(_CAPACITY.get(stratum, _ROWS))).add(rows, rng)
         self._pending.clear()
         self._pending_rows = 0
 
-    def sample(self) -> Floats:
-        """All sampled rows [R, in]."""
-        return np.stack([row for stratum in self.strata.values() for row in stratum.rows])
+    @property
+    def channel_max(self) -> Floats:
+        """[in], over all positions."""
+        return np.asarray(self.maxima.max(axis=(0, 1)))
+
+    def groups(self) -> list[tuple[Floats, Floats]]:
+        """Sampled rows [R, in] and exact channel maxima [2, in], by fold, of what may have a scale of its own.
+
+        These are the prefix, if this layer sees it, and all other positions.
+
+        A trunk layer can see values ten times smaller in the prefix than at tokens; one scale would round them away.
+        """
+        prefix, others = [], []
+        for name, stratum in self.strata.items():
+            (prefix if name == PREFIX else others).extend(stratum.rows)
+        return [
+            (np.stack(rows), limit)
+            for rows, limit in zip((prefix, others), self.maxima.swapaxes(0, 1), strict=True)
+            if rows
+        ]
 
     @property
     def mean_square(self) -> Floats:
@@ -133,9 +153,8 @@ OBSERVERS: dict[str, Callable[[Floats, float], float]] = {
 }
 
 
-def input_range(values: Floats, channel_max: Floats, observer: str) -> float:
-    """The symmetric range of a layer's input: values [R, in] are a sample, channel_max [in] is exact. Never zero."""
-    largest = float(channel_max.max())
+def input_range(values: Floats, largest: float, observer: str) -> float:
+    """The symmetric range of a layer's input, never zero: values [R, in] are a sample, `largest` its true limit."""
     return max(OBSERVERS[observer](values, largest), 1e-8) if largest > 0 else 1.0
 
 
@@ -143,7 +162,7 @@ def to_arrays(stats: InputStats) -> dict[str, NDArray[Any]]:
     """What `from_arrays` reads back."""
     names = sorted(stats.strata)
     return {
-        "channel_max": stats.channel_max,
+        "maxima": stats.maxima,
         "channel_square": stats.channel_square,
         "count": np.int64(stats.count),
         "strata": np.array(names),
@@ -155,8 +174,8 @@ def to_arrays(stats: InputStats) -> dict[str, NDArray[Any]]:
 
 def from_arrays(layer: str, arrays: dict[str, NDArray[Any]]) -> InputStats:
     """Inverse of `to_arrays`. Raises KeyError or ValueError for arrays that do not fit together."""
-    stats = InputStats(layer, len(arrays["channel_max"]))
-    stats.channel_max[:] = arrays["channel_max"]
+    stats = InputStats(layer, arrays["maxima"].shape[-1])
+    stats.maxima[:] = arrays["maxima"]
     stats.channel_square[:] = arrays["channel_square"]
     stats.count = int(arrays["count"])
     parts = np.split(arrays["rows"], np.cumsum(arrays["stratum_sizes"])[:-1])

@@ -23,6 +23,7 @@ STRENGTHS = {  # of smoothing to try; 0 means none
 _INT4_CLIPS = (1.0, 0.93, 0.86, 0.79)
 _INT8_CLIPS = (1.0,)
 _JUDGED_OUTPUTS = 384
+_UNKNOWN_HEADROOM, _LARGEST_OVERSHOOT = 1.25, 4.0
 _MAX_BLOCK = 128
 
 
@@ -33,36 +34,61 @@ class Choice:
     precision: str
     strength: float
     factors: Floats | None  # [in], None if not smoothed
-    input_scale: float | None  # of static activations
+    input_scale: tuple[float, ...]  # of static activations: one, or that of the prefix and that of tokens
     snr_db: float  # of the layer's output
 
 
 def choose(stats: InputStats, weight: Floats, precision: str, observer: str, *, foldable: bool) -> Choice:
     """Search the smoothing strength with the least output error on the sampled rows. weight [out, in]."""
-    rows = stats.sample()
+    groups = stats.groups()
     judged = weight[:: max(1, len(weight) // _JUDGED_OUTPUTS)]  # enough to compare strengths by
-    exact = rows @ judged.T
+    exact = np.concatenate([rows for rows, _ in groups]) @ judged.T
     power = float(np.square(exact, dtype=np.float64).mean())
     best: Choice | None = None
     for strength in STRENGTHS[precision] if foldable else (0.0,):
         s = smoothing.factors(stats.channel_max, weight, strength) if strength else None
-        x, w = (rows, judged) if s is None else (rows / s, judged * s)
-        scale = None
+        w = judged if s is None else judged * s
+        scales: tuple[float, ...] = ()
+        inputs = [rows if s is None else rows / s for rows, _ in groups]
         if precision == INT8:
-            channel_max = stats.channel_max if s is None else stats.channel_max / s
-            scale = input_range(x, channel_max, observer) / LEVELS
-            x = np.clip(np.rint(x / scale), -LEVELS - 1, LEVELS) * np.float32(scale)
+            limits = [
+                float((maxima.max(axis=0) if s is None else maxima.max(axis=0) / s).max())
+                * headroom(maxima, weight, strength)
+                for _, maxima in groups
+            ]
+            scales = tuple(
+                input_range(rows, limit, observer) / LEVELS for rows, limit in zip(inputs, limits, strict=True)
+            )
+            inputs = [
+                np.clip(np.rint(rows / scale), -LEVELS - 1, LEVELS) * np.float32(scale)
+                for rows, scale in zip(inputs, scales, strict=True)
+            ]
             levels, out_scale = per_channel(w)
             w = levels.astype(np.float32) * out_scale[:, None]
         else:
             mean_square = stats.mean_square if s is None else stats.mean_square / s**2
             w = from_blocks(*to_blocks(w, BITS[precision], mean_square), BITS[precision])
-        error = float(np.square(x @ w.T - exact, dtype=np.float64).mean())
+        error = float(np.square(np.concatenate(inputs) @ w.T - exact, dtype=np.float64).mean())
         snr = 10 * np.log10(power / max(error, 1e-30)) if power else np.inf
         if best is None or snr > best.snr_db:
-            best = Choice(precision, strength, s, scale, float(snr))
+            best = Choice(precision, strength, s, scales, float(snr))
     assert best is not None
     return best
+
+
+def headroom(maxima: Floats, weight: Floats, strength: float) -> float:
+    """How far images that were not seen may exceed the range: what one half of the images does to the other's.
+
+    maxima [2, in]: exact channel maxima of two halves of the images. Smoothing that divides a rarely used channel by
+    the largest value it happened to meet looks best on the images it was fitted to, and saturates on others.
+    """
+    if not maxima.any(axis=1).all():
+        return _UNKNOWN_HEADROOM
+    overshoot = 1.0
+    for own, other in (maxima, maxima[::-1]):
+        s = smoothing.factors(own, weight, strength) if strength else np.ones_like(own)
+        overshoot = max(overshoot, float((other / s).max() / (own / s).max()))
+    return min(overshoot, _LARGEST_OVERSHOOT)
 
 
 def per_channel(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
@@ -118,7 +144,9 @@ def stored(layer: str, choice: Choice, weight: Floats, mean_square: Floats) -> d
         return {
             f"{layer}.weight_int8": np.ascontiguousarray(levels.T),
             f"{layer}.weight_scale": scale,
-            f"{layer}.input_scale": np.array(choice.input_scale, dtype=np.float32),
+            f"{layer}.input_scale": np.array(choice.input_scale, dtype=np.float32).reshape(
+                () if len(choice.input_scale) == 1 else 2
+            ),
         }
     bits = BITS[choice.precision]
     values, block_scale = to_blocks(weight, bits, mean_square)

@@ -72,7 +72,7 @@ def quantize_bundle(
     output: Path,
     *,
     precision: str,
-    observer: str = "mse",
+    observer: str = "max",
     keep_fp32: tuple[str, ...] = (),
     budget: float | None = None,
     measure: bool = True,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bar_edge.calibration.observers import InputStats, from_arrays, to_arrays
+from bar_edge.calibration.observers import PREFIX, InputStats, from_arrays, to_arrays
 from bar_edge.calibration.probe import Inputs, ProbeEngine, ProbeStep
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines import Batch
@@ -141,6 +141,7 @@ def collect(
         indices = range(begin, begin + len(class_ids))
         batch = make_batch(bundle, class_ids, plan.seed, indices)
         bits = None if real is None else to_tokens(real.bits[part], spec)
+        collector.fold = begin // plan.batch_size % 2
         collector.guided = batch.recipe.guidance > 1
         drawn = np.empty((len(class_ids), spec.num_tokens, spec.bits_per_token), dtype=np.uint8)
         for n, step in engine.probe_walk(batch):
@@ -195,16 +196,18 @@ class _Collector:
         self._rng = rng
         self.guided = True
         self.token = -1
+        self.fold = 0
 
     def visit(self, step: ProbeStep) -> None:
         """Take the inputs of one run: of the prefix if no token is being drawn."""
         prefix = step.positions_per_row > 1
         quarter = self.token * _POSITION_GROUPS // self._spec.num_tokens + 1
-        group = "prefix" if prefix else f"tokens {quarter}/{_POSITION_GROUPS}"
+        group = PREFIX if prefix else f"tokens {quarter}/{_POSITION_GROUPS}"
         for layer, value in step.inputs().items():
             in_head = layer.startswith("lm_head.")
             if prefix:
-                if not in_head:  # the token a prefix run draws is nobody's
+                # a prefix run's latent conditions nothing, and the token it draws is nobody's
+                if not in_head and layer != "latent_condition_proj":
                     self._add(layer, value, group)
             elif value.ndim == 3 or "adaLN_modulation" in layer:
                 for s, rows in enumerate(value.reshape(len(step.temperature), -1, value.shape[-1])):
@@ -238,6 +241,7 @@ class _Collector:
     def _add(self, layer: str, rows: NDArray[np.float32], stratum: str) -> None:
         if layer not in self._stats:
             self._stats[layer] = InputStats(layer, rows.shape[-1])
+        self._stats[layer].fold = self.fold
         self._stats[layer].add(rows, stratum, self._rng)
 
 

@@ -3,7 +3,8 @@
 Canonical graphs use standard operators only (opset 24) and no sampling; other engines are compiled from them:
 
     modulation       class ids, positions -> every block's shift, scale and gate (outside the token loop)
-    trunk            T positions and the KV cache -> latent (T = F is the prefix, T = 1 a token step)
+    prefix           the F positions before the first token and the KV cache -> latent
+    trunk_step       one position and the KV cache -> latent
     mask_ratio       mask ratios of an allocation -> embeddings (once per allocation)
     head_modulation  latent -> the head's shift, scale and gate for all S passes
     head_pass        known bits -> logits (one pass of the masked-bit head)
@@ -23,7 +24,7 @@ import numpy as np
 import onnx
 
 from bar_edge.export.builder import MICROSOFT, GraphBuilder
-from bar_edge.export.linear import linear, table_sum
+from bar_edge.export.linear import choose_scales, linear, table_sum
 from bar_edge.runtime.spec import DECODER_HEADS, LAYER_NORM_EPS, RMS_NORM_EPS, ModelSpec
 from bar_edge.runtime.weights import StoredTensor
 
@@ -37,12 +38,13 @@ FINAL_PIECES = 2  # scale, shift in front of the output
 def build_graphs(spec: ModelSpec, weights: Weights, precisions: Precisions | None = None) -> dict[str, onnx.ModelProto]:
     """All graphs of a bundle by name."""
 
-    def builder(*, onnxruntime: bool = False) -> GraphBuilder:
-        return GraphBuilder(weights, precisions, onnxruntime=onnxruntime)
+    def builder(*, onnxruntime: bool = False, prefix: bool = False) -> GraphBuilder:
+        return GraphBuilder(weights, precisions, onnxruntime=onnxruntime, prefix=prefix)
 
     return {
         "modulation": modulation_graph(builder(), spec),
-        "trunk": trunk_graph(builder(), spec),
+        "prefix": trunk_graph(builder(prefix=True), spec),
+        "trunk_step": trunk_graph(builder(), spec),
         "mask_ratio": mask_ratio_graph(builder(), spec),
         "head_modulation": head_modulation_graph(builder(), spec),
         "head_pass": head_pass_graph(builder(), spec),
@@ -81,10 +83,14 @@ def modulation_graph(g: GraphBuilder, spec: ModelSpec, *, probe: bool = False) -
 
 
 def trunk_graph(g: GraphBuilder, spec: ModelSpec) -> onnx.ModelProto:
-    """T new positions of every row -> latent [rows, W] of the last one, caches updated in place (section 2)."""
+    """T new positions of every row -> latent [rows, W] of the last one, caches updated in place (section 2).
+
+    `prefix` and `trunk_step` are this graph: T is F there and 1 here, and quantized inputs may differ in scale.
+    """
     g.op("Identity", _trunk(g, spec), name="latent")
     g.output("latent", F32, ["rows", spec.head_width], "conditions the next token")
-    return g.model("trunk", "prefix (T = F) and token step (T = 1) over a preallocated KV cache")
+    name = "prefix" if g.prefix else "trunk_step"
+    return g.model(name, "trunk over a preallocated KV cache")
 
 
 def mask_ratio_graph(g: GraphBuilder, spec: ModelSpec) -> onnx.ModelProto:
@@ -285,6 +291,11 @@ def _trunk(g: GraphBuilder, spec: ModelSpec) -> str:
     count = 6 * spec.num_layers
     flat = g.op("Reshape", modulation, g.constant([-1, d], I64))  # so that each piece is [rows*T, D] without a Squeeze
     pieces = g.op("Split", flat, axis=0, num_outputs=count, outputs=count)
+    if g.onnxruntime:  # one graph runs the prefix (T > 1) and tokens
+        length = g.op("Gather", g.op("Shape", symbols), g.constant(1, I64))
+        is_prefix = g.op("Cast", g.op("Greater", length, g.constant(1, I64)), to=onnx.TensorProto.INT64)
+        parts = ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
+        choose_scales(g, [f"blocks.{i}.{part}" for i in range(spec.num_layers) for part in parts], is_prefix)
     residual: str | None = None
     for i in range(spec.num_layers):
         block = f"blocks.{i}"

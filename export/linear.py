@@ -4,7 +4,7 @@ What a layer is stored as decides nothing by itself; `GraphBuilder.precisions` s
 
     fp32              {layer}.weight [out, in]                                Gemm
     int8              {layer}.weight_int8 [in, out], weight_scale [out],      static symmetric W8A8: Q/DQ around MatMul;
-                      input_scale []                                          ONNX Runtime: its integer product by name
+                      input_scale [] or [2] (prefix, tokens)                  ONNX Runtime: its integer product by name
     int8-weight       {layer}.weight_blocks8 [out, blocks, 128] uint8,        weight-only, 128 is zero
                       block_scale [out, blocks]
     int4-weight       {layer}.weight_blocks4 [out, blocks, 64] uint8,         weight-only, two values a byte, 8 is zero
@@ -14,6 +14,8 @@ ONNX Runtime would find its integer product behind Q/DQ by itself, but only if n
 Add become a Gemm that has no integer kernel, and nothing is said), and signed activations have no fast kernel on x86.
 So its form names the operator and shifts activations to uint8 with zero point 128: the same numbers.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -43,7 +45,7 @@ def table_sum(g: GraphBuilder, x: str, rows: str, base: str | None = None) -> st
 
 def _int8(g: GraphBuilder, x: str, layer: str, bias: str, name: str) -> str:
     weight, scale = g.weight(f"{layer}.weight_int8"), g.weight(f"{layer}.weight_scale")
-    input_scale = g.weight(f"{layer}.input_scale")
+    input_scale = g.chosen_scales.get(layer) or _scale(g, layer)
     if g.onnxruntime:
         zero = g.constant(128, np.uint8)
         quantized = g.op("QuantizeLinear", x, input_scale, zero)
@@ -53,6 +55,29 @@ def _int8(g: GraphBuilder, x: str, layer: str, bias: str, name: str) -> str:
     x = g.op("DequantizeLinear", g.op("QuantizeLinear", x, input_scale, zero), input_scale, zero)
     weight = g.op("DequantizeLinear", weight, scale, axis=1)
     return str(g.op("Add", g.op("MatMul", x, weight), bias, name=name))
+
+
+def choose_scales(g: GraphBuilder, layers: Sequence[str], prefix: str) -> None:
+    """Let layers with two scales use that of the prefix where `prefix` (int64 scalar) is 1, of tokens where it is 0.
+
+    All at once: a Gather and a Split for the whole trunk.
+    """
+    two = [layer for layer in layers if g.precisions.get(layer) == INT8 and g.shape_of(f"{layer}.input_scale") == (2,)]
+    if not two:
+        return
+    table = g.op("Concat", *(g.weight(f"{layer}.input_scale") for layer in two), axis=0)
+    table = g.op("Reshape", table, g.constant([-1, 2], np.int64))  # [layers, 2]
+    index = g.op("Sub", g.constant(1, np.int64), prefix)
+    chosen = g.op("Split", g.op("Gather", table, index, axis=1), axis=0, num_outputs=len(two), outputs=len(two))
+    g.chosen_scales |= dict(zip(two, [chosen] if len(two) == 1 else chosen, strict=True))
+
+
+def _scale(g: GraphBuilder, layer: str) -> str:
+    """The one scale of a layer's input; of two, that of the graph's positions."""
+    name = f"{layer}.input_scale"
+    if g.shape_of(name) == ():
+        return g.weight(name)
+    return g.view(f"{name}.{'prefix' if g.prefix else 'token'}", name, onnx.TensorProto.FLOAT, (), 1 - g.prefix)
 
 
 def _weight_only(g: GraphBuilder, x: str, layer: str, bias: str, bits: int, name: str) -> str:

@@ -83,7 +83,7 @@ def quantize(
         Path | None,
         typer.Option("--data", help="Real images, pretokenized (ROOT/train/CLASS/*.npz), instead of drawn ones."),
     ] = None,
-    observer: Annotated[str, typer.Option(help="Range of activations: max, percentile, entropy or mse.")] = "mse",
+    observer: Annotated[str, typer.Option(help="Range of activations: max, percentile, entropy or mse.")] = "max",
     keep: Annotated[list[str] | None, typer.Option("--keep", help="A linear layer to leave in fp32; repeat.")] = None,
     budget: Annotated[
         float | None, typer.Option(help="Fraction of decisions that may flip; harmful layers stay fp32 until it holds.")
