@@ -88,13 +88,13 @@ def plot(result: Sensitivity, path: Path) -> None:
     from matplotlib.figure import Figure
 
     layers = list(result.harm)
-    figure = Figure(figsize=(max(7.0, 0.16 * len(layers) + 2), 5), layout="constrained")
+    figure = Figure(figsize=(max(7.0, 0.16 * len(layers) + 2), 6), layout="constrained")
     axes = figure.subplots()
     colours = ["#c44e52" if layer in result.kept_fp32 else "#4c72b0" for layer in layers]
     axes.bar(range(len(layers)), [result.harm[layer] for layer in layers], color=colours)
     axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=6)
     axes.set_yscale("log")
-    axes.set_ylabel("KL divergence if quantized alone, nats per bit")
+    axes.set_ylabel("KL if quantized alone, nats a bit", fontsize=9)
     axes.set_title(
         f"{len(result.kept_fp32)} layers kept in fp32 (red): {result.before.flips:.2%} flips before, "
         f"{result.after.flips:.2%} after, budget {result.budget:.2%}",
