@@ -135,13 +135,8 @@ def sha256(path: Path) -> str:
     return _hash(path, 0, 0, "", None)[1]
 
 
-@contextmanager
-def publish(output: Path, needed_bytes: int, *, force: bool) -> Iterator[Path]:
-    """Give a temporary sibling folder of `output`; when the block ends well it becomes `output`, whole and synced.
-
-    Raises BundleError if `output` exists and `force` is not set, or the disk has less than `needed_bytes` free.
-    On any error or interruption nothing is left behind.
-    """
+def check_output(output: Path, *, force: bool) -> None:
+    """Raise BundleError if a bundle must not be written to `output`; long work asks before it begins."""
     if output.is_symlink():
         raise BundleError(f"{output}: is a link; give the folder itself")
     if output.exists() and not force:
@@ -153,6 +148,16 @@ def publish(output: Path, needed_bytes: int, *, force: bool) -> Iterator[Path]:
         and (not output.is_dir() or any(output.iterdir()))
     ):
         raise BundleError(f"{output}: is not a bundle, so --force will not replace it; remove it by hand")
+
+
+@contextmanager
+def publish(output: Path, needed_bytes: int, *, force: bool) -> Iterator[Path]:
+    """Give a temporary sibling folder of `output`; when the block ends well it becomes `output`, whole and synced.
+
+    Raises BundleError if `output` exists and `force` is not set, or the disk has less than `needed_bytes` free.
+    On any error or interruption nothing is left behind.
+    """
+    check_output(output, force=force)
     parent = output.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)

@@ -99,8 +99,11 @@ def quantize(
 
     Example: bar-edge quantize bar_b/ --precision int8 -o bar_b-int8/
     """
+    from bar_edge.runtime.bundle import check_output
+
     trajectories = _need("bar_edge.calibration.trajectories", "calibration")
     quantizer = _need("bar_edge.calibration.quantizer", "calibration")
+    check_output(output, force=force)
     with _progress() as bar:
         source = _open(bundle, bar)
         if calibration is not None and calibration.exists():

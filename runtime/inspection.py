@@ -23,6 +23,17 @@ def bytes_per_token(places: Mapping[str, StoredTensor], passes: int) -> int:
     return once + passes * each
 
 
+def linear_layers(places: Mapping[str, StoredTensor]) -> dict[str, str]:
+    """Every linear layer and what its weights are stored in: fp32, int8, int8-weight or int4-weight."""
+    stored = {"weight": "fp32", "weight_int8": "int8", "weight_blocks8": "int8-weight", "weight_blocks4": "int4-weight"}
+    layers = {}
+    for name, place in places.items():
+        layer, _, part = name.rpartition(".")
+        if part in stored and f"{layer}.bias" in places and (part != "weight" or len(place.shape) == 2):
+            layers[layer] = stored[part]
+    return dict(sorted(layers.items()))
+
+
 def describe_bundle(bundle: Bundle) -> dict[str, Any]:
     """JSON-ready facts of a verified bundle."""
     places = weights.read_places(bundle.path / weights.FILE_NAME)
@@ -44,6 +55,14 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "bytes_read_per_token": bytes_per_token(places, len(bundle.recipe.allocation)),
         "bytes_read_per_image_once": sum(p.length for name, p in places.items() if _PER_IMAGE.match(name)),
         "kv_cache_bytes_per_row_fp32": 2 * spec.num_layers * total * spec.hidden_size * 4,
+        "quantization": _quantization(bundle),
+        "linear_layers": linear_layers(places),
         "provenance": bundle.manifest["provenance"],
         "digest": bundle.digest,
     }
+
+
+def _quantization(bundle: Bundle) -> dict[str, Any] | None:
+    """The manifest's account without its layers, which are listed as they are stored."""
+    account = bundle.manifest.get("quantization")
+    return None if account is None else {key: value for key, value in account.items() if key != "layers"}

@@ -7,6 +7,7 @@ position is the step that draws the first token. Modulation is computed ahead fo
 """
 
 import os
+import platform
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines import Batch, TokenProgress
-from bar_edge.runtime.errors import EngineError
+from bar_edge.runtime.errors import CompatibilityError, EngineError
 from bar_edge.runtime.noise import gumbel
 from bar_edge.runtime.sampling import Schedule, guidance_at
 from bar_edge.runtime.spec import ModelSpec
@@ -35,6 +36,7 @@ _MODULATION_BYTES = 32 * 2**20  # of one chunk: large enough for full-speed prod
 _UNCONDITIONAL_BYTES = 256 * 2**20  # keep the unconditional modulation if it is not larger (BAR-B: 128 MB)
 _PREFIX_ROWS = 4  # rows whose prefix runs together: bounds the activations
 _DECODE_IMAGES = 8
+_CPUINFO = Path("/proc/cpuinfo")
 
 Floats = NDArray[np.float32]
 
@@ -45,17 +47,36 @@ def status() -> tuple[bool, str]:
         ort = _library()
     except EngineError as error:
         return False, str(error)
-    return True, f"onnxruntime {ort.__version__} on the CPU, {cpu_count()} cores"
+    int8 = "" if exact_int8_products() else "; no VNNI instructions, so quantized bundles are refused"
+    return True, f"onnxruntime {ort.__version__} on the CPU, {cpu_count()} cores{int8}"
 
 
 def start(bundle: Bundle, threads: int) -> "OnnxRuntimeEngine":
-    """An engine on a verified bundle. `threads` 0 means all cores. Raises EngineError."""
+    """An engine on a verified bundle. `threads` 0 means all cores. Raises EngineError, CompatibilityError."""
+    static = {layer["precision"] for layer in bundle.manifest.get("quantization", {}).get("layers", {}).values()}
+    if "int8" in static and not exact_int8_products():
+        raise CompatibilityError(
+            f"{bundle.path}: has static INT8 layers, and this processor has no VNNI instructions, without which ONNX "
+            "Runtime's INT8 products saturate silently; run the fp32 bundle here"
+        )
     return OnnxRuntimeEngine(bundle, threads)
 
 
 def cpu_count() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def exact_int8_products() -> bool:
+    """Whether ONNX Runtime's unsigned-by-signed INT8 products are exact here.
+
+    On x86 without VNNI they add pairs of products in 16 bits, which saturates. Elsewhere, and where the system does not
+    tell, they are taken to be exact; `bar-edge verify` would show otherwise.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64") or not _CPUINFO.exists():
+        return True
+    flags = next((line for line in _CPUINFO.read_text().splitlines() if line.startswith("flags")), "")
+    return bool({"avx512_vnni", "avx_vnni"} & set(flags.split()))
 
 
 class OnnxRuntimeEngine:
