@@ -34,11 +34,14 @@ class Choice:
     precision: str
     strength: float
     factors: Floats | None  # [in], None if not smoothed
+    input_zero_point: tuple[int, ...]  # of asymmetric uint8 activations, one per scale; empty if symmetric
     input_scale: tuple[float, ...]  # of static activations: one, or that of the prefix and that of tokens
     snr_db: float  # of the layer's output
 
 
-def choose(stats: InputStats, weight: Floats, precision: str, observer: str, *, foldable: bool) -> Choice:
+def choose(
+    stats: InputStats, weight: Floats, precision: str, observer: str, *, foldable: bool, asymmetric: bool = False
+) -> Choice:
     """Search the smoothing strength with the least output error on the sampled rows. weight [out, in]."""
     groups = stats.groups()
     judged = weight[:: max(1, len(weight) // _JUDGED_OUTPUTS)]  # enough to compare strengths by
@@ -48,7 +51,7 @@ def choose(stats: InputStats, weight: Floats, precision: str, observer: str, *, 
     for strength in STRENGTHS[precision] if foldable else (0.0,):
         s = smoothing.factors(stats.channel_max, weight, strength) if strength else None
         w = judged if s is None else judged * s
-        scales: tuple[float, ...] = ()
+        grids: list[tuple[float, int]] = []
         inputs = [rows if s is None else rows / s for rows, _ in groups]
         if precision == INT8:
             limits = [
@@ -56,13 +59,11 @@ def choose(stats: InputStats, weight: Floats, precision: str, observer: str, *, 
                 * headroom(maxima, weight, strength)
                 for _, maxima in groups
             ]
-            scales = tuple(
-                input_range(rows, limit, observer) / LEVELS for rows, limit in zip(inputs, limits, strict=True)
-            )
-            inputs = [
-                np.clip(np.rint(rows / scale), -LEVELS - 1, LEVELS) * np.float32(scale)
-                for rows, scale in zip(inputs, scales, strict=True)
+            grids = [
+                _grid(rows, input_range(rows, limit, observer), asymmetric)
+                for rows, limit in zip(inputs, limits, strict=True)
             ]
+            inputs = [_rounded(rows, *grid) for rows, grid in zip(inputs, grids, strict=True)]
             levels, out_scale = per_channel(w)
             w = levels.astype(np.float32) * out_scale[:, None]
         else:
@@ -71,9 +72,28 @@ def choose(stats: InputStats, weight: Floats, precision: str, observer: str, *, 
         error = float(np.square(np.concatenate(inputs) @ w.T - exact, dtype=np.float64).mean())
         snr = 10 * np.log10(power / max(error, 1e-30)) if power else np.inf
         if best is None or snr > best.snr_db:
-            best = Choice(precision, strength, s, scales, float(snr))
+            zero_points = tuple(zero for _, zero in grids) if asymmetric else ()
+            best = Choice(precision, strength, s, zero_points, tuple(scale for scale, _ in grids), float(snr))
     assert best is not None
     return best
+
+
+def _grid(rows: Floats, limit: float, asymmetric: bool) -> tuple[float, int]:
+    """Scale and zero point of uint8 activations. Symmetric ones have 128, which is signed INT8 shifted.
+
+    The symmetric range `limit` is that of the side that reaches farther; the other keeps its proportion in the sample.
+    """
+    if not asymmetric:
+        return limit / LEVELS, 128
+    low, high = min(0.0, float(rows.min())), max(0.0, float(rows.max()))
+    factor = limit / max(-low, high, 1e-12)
+    scale = (high - low) * factor / 255
+    return (scale, round(-low * factor / scale)) if scale else (limit / LEVELS, 128)
+
+
+def _rounded(rows: Floats, scale: float, zero_point: int) -> Floats:
+    levels = np.clip(np.rint(rows / np.float32(scale)) + zero_point, 0, 255)
+    return np.asarray((levels - zero_point) * np.float32(scale), dtype=np.float32)
 
 
 def headroom(maxima: Floats, weight: Floats, strength: float) -> float:
@@ -141,12 +161,13 @@ def stored(layer: str, choice: Choice, weight: Floats, mean_square: Floats) -> d
     """The tensors a layer is stored as (`export/linear.py`). weight [out, in], mean_square [in] are smoothed ones."""
     if choice.precision == INT8:
         levels, scale = per_channel(weight)
+        shape = () if len(choice.input_scale) == 1 else (2,)
+        zero_point = np.array(choice.input_zero_point, dtype=np.uint8)
         return {
+            **({f"{layer}.input_zero_point": zero_point.reshape(shape)} if choice.input_zero_point else {}),
             f"{layer}.weight_int8": np.ascontiguousarray(levels.T),
             f"{layer}.weight_scale": scale,
-            f"{layer}.input_scale": np.array(choice.input_scale, dtype=np.float32).reshape(
-                () if len(choice.input_scale) == 1 else 2
-            ),
+            f"{layer}.input_scale": np.array(choice.input_scale, dtype=np.float32).reshape(shape),
         }
     bits = BITS[choice.precision]
     values, block_scale = to_blocks(weight, bits, mean_square)

@@ -73,6 +73,7 @@ def quantize_bundle(
     *,
     precision: str,
     observer: str = "max",
+    asymmetric: bool = False,
     keep_fp32: tuple[str, ...] = (),
     budget: float | None = None,
     measure: bool = True,
@@ -85,6 +86,8 @@ def quantize_bundle(
     Args:
         precision: `int8` (static W8A8), `int8-weight` or `int4-weight`; the last two concern trunk and head, while
             modulation and decoder, which run many rows at once, become `int8`.
+        asymmetric: give static activations a zero point. A little closer to fp32, most where they are positive (after
+            SiLU and GELU); TensorRT refuses such graphs.
         keep_fp32: linear layers to leave alone.
         budget: the fraction of decisions that may flip, teacher-forced on held-out trajectories; the most harmful
             layers of trunk and head stay fp32 until it holds.
@@ -118,9 +121,13 @@ def quantize_bundle(
         report("choosing scales, layers", i, len(wanted))
         if layer not in calibration.stats:
             raise CalibrationError(f"the calibration has nothing for {layer}; it was collected from another model")
-        foldable = bool(smoothing.producers(layer))
         choices[layer] = choose(
-            calibration.stats[layer], np.asarray(tensors[f"{layer}.weight"]), kind, observer, foldable=foldable
+            calibration.stats[layer],
+            np.asarray(tensors[f"{layer}.weight"]),
+            kind,
+            observer,
+            foldable=bool(smoothing.producers(layer)),
+            asymmetric=asymmetric,
         )
     smoothed: smoothing.Tensors = dict(tensors)
     for layer, choice in choices.items():
@@ -179,6 +186,7 @@ def quantize_bundle(
         quantization = {
             "precision": precision,
             "observer": observer,
+            "activations": "asymmetric" if asymmetric else "symmetric",
             "calibration": {
                 "data": calibration.plan.data, "images": calibration.plan.images, "seed": calibration.plan.seed,
                 "bundle": calibration.bundle,
@@ -259,7 +267,7 @@ def write_weights(folder: Path, arrays: Mapping[str, NDArray[Any]], report: Prog
 def _parts(precision: str) -> tuple[str, ...]:
     """Suffixes of the tensors a layer is stored as (`export/linear.py`)."""
     if precision == INT8:
-        return ("weight_int8", "weight_scale", "input_scale")
+        return ("weight_int8", "weight_scale", "input_scale", "input_zero_point")
     return (f"weight_blocks{BITS[precision]}", "block_scale")
 
 

@@ -46,7 +46,7 @@ class GraphBuilder:
         self.onnxruntime = onnxruntime
         self.prefix = prefix
         self.precisions = precisions or {}
-        self.chosen_scales: dict[str, str] = {}  # layer -> the scale of its input, chosen while the graph runs
+        self.chosen: dict[str, str] = {}  # stored tensor of two values -> the one chosen while the graph runs
         self.linear_inputs: list[tuple[str, str]] = []  # (layer, value) of every linear layer, for probes
         self._weights = weights
         self._parent = parent

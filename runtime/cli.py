@@ -84,6 +84,9 @@ def quantize(
         typer.Option("--data", help="Real images, pretokenized (ROOT/train/CLASS/*.npz), instead of drawn ones."),
     ] = None,
     observer: Annotated[str, typer.Option(help="Range of activations: max, percentile, entropy or mse.")] = "max",
+    asymmetric: Annotated[
+        bool, typer.Option("--asymmetric", help="Zero points for static activations; only ONNX Runtime runs them.")
+    ] = False,
     keep: Annotated[list[str] | None, typer.Option("--keep", help="A linear layer to leave in fp32; repeat.")] = None,
     budget: Annotated[
         float | None, typer.Option(help="Fraction of decisions that may flip; harmful layers stay fp32 until it holds.")
@@ -121,8 +124,8 @@ def quantize(
             if calibration is not None:
                 collected.save(calibration)
         made = quantizer.quantize_bundle(
-            source, collected, output, precision=precision, observer=observer, keep_fp32=tuple(keep or ()),
-            budget=budget, measure=measure, force=force, threads=threads, progress=bar,
+            source, collected, output, precision=precision, observer=observer, asymmetric=asymmetric,
+            keep_fp32=tuple(keep or ()), budget=budget, measure=measure, force=force, threads=threads, progress=bar,
         )  # fmt: skip
     facts = made.manifest["quantization"]
     for sentence in facts["timings"] or ["nothing measured on this machine (--no-measure)"]:
