@@ -7,7 +7,6 @@ name before all of that has passed.
 """
 
 import shutil
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -41,7 +40,7 @@ Progress = Callable[[str, int, int], None]
 PRECISIONS = (INT8, *BITS)
 MANY_ROWS = ("modulation", "decode")  # graphs that run hundreds of rows at once: weight-only does not pay there
 _FASTER = 1.05  # a quantized graph must be at least this much faster to be kept
-_TIMED_RUNS = 12
+_TIMED_RUNS = 20
 _GRAPH_BYTES = 16 * 2**20
 _SELFTEST_SEED, _SELFTEST_IMAGES = 1, 4
 _HELD_OUT = 16  # images quality and budget are measured on
@@ -296,15 +295,12 @@ def _measure(
     bench: "_Bench", layers: Mapping[str, list[str]], wanted: Mapping[str, str], report: Progress
 ) -> list[Timing]:
     """Time every graph in fp32 and quantized; trunk and head are parts of one graph, timed by what they add to it."""
-    part = {graph: {layer: wanted[layer] for layer in group if layer in wanted} for graph, group in layers.items()}
     timings = []
-    for i, graph in enumerate(MANY_ROWS):
-        report("measuring graphs", i, 4)
-        timings.append(_timing(graph, bench.seconds(graph, {}), bench.seconds(graph, part[graph])))
-    plain = bench.seconds("step", {})
-    for i, graph in enumerate(("trunk", "head")):
-        report("measuring graphs", len(MANY_ROWS) + i, 4)
-        timings.append(_timing(graph, plain, bench.seconds("step", part[graph])))
+    for i, (part, graph) in enumerate((("modulation",) * 2, ("decode",) * 2, ("trunk", "step"), ("head", "step"))):
+        report("measuring graphs", i, len(layers))
+        quantized = {layer: wanted[layer] for layer in layers[part] if layer in wanted}
+        fp32, ours = bench.seconds(graph, {}, quantized)
+        timings.append(Timing(part, fp32, ours, kept=fp32 / ours >= _FASTER))
     return timings
 
 
@@ -333,43 +329,45 @@ def _sensitivity_entry(found: sensitivity.Sensitivity | None) -> dict[str, Any] 
     }
 
 
-def _timing(graph: str, fp32: float, quantized: float) -> Timing:
-    return Timing(graph, fp32, quantized, kept=fp32 / quantized >= _FASTER)
-
-
 class _Bench:
-    """Seconds per call of a graph at the given precisions: batch 1 with guidance, in the middle of an image."""
+    """Seconds per call of a graph in two precisions: batch 1 with guidance, in the middle of an image.
+
+    The two take turns, and the fastest call of each counts: beside another program, medians of a few calls say more
+    about that program than about the graph.
+    """
 
     def __init__(self, source: Bundle, folder: Path, places: Mapping[str, StoredTensor], threads: int) -> None:
         self._source, self._folder, self._places, self._threads = source, folder, places, threads
 
-    def seconds(self, graph: str, precisions: Mapping[str, str]) -> float:
+    def seconds(self, graph: str, first: Mapping[str, str], second: Mapping[str, str]) -> tuple[float, float]:
+        """Seconds with layers in the precisions of `first` and of `second`."""
+        runs = [self._run(graph, precisions) for precisions in (first, second)]
+        times: list[list[float]] = [[], []]
+        for _ in range(_TIMED_RUNS):
+            for run, taken in zip(runs, times, strict=True):
+                begin = time.perf_counter()
+                run()
+                taken.append(time.perf_counter() - begin)
+        return min(times[0]), min(times[1])
+
+    def _run(self, graph: str, precisions: Mapping[str, str]) -> Callable[[], Any]:
         import onnxruntime as ort
 
         spec, recipe = self._source.spec, self._source.recipe
         build = {"modulation": modulation_graph, "decode": decode_graph, "step": step_graph}[graph]
         model = build(GraphBuilder(self._places, precisions, onnxruntime=True), spec).SerializeToString()
         session = load_session(ort, model, self._threads or cpu_count(), self._folder)
-        run: Callable[[], Any]
         if graph == "modulation":
-            feeds = {"class_id": np.zeros(1, dtype=np.int64), "positions": np.arange(min(128, spec.num_tokens))}
-            run = lambda: session.run(None, feeds)  # noqa: E731
-        elif graph == "decode":
+            feeds = {"class_id": np.zeros(1, dtype=np.int64), "positions": np.arange(min(64, spec.num_tokens))}
+            return lambda: session.run(None, feeds)
+        if graph == "decode":
             bits = np.zeros((1, spec.image_seq_len, spec.token_size), dtype=np.float32)
-            run = lambda: session.run(None, {"bits": bits})  # noqa: E731
-        else:
-            rows = 2 if recipe.guidance > 1 else 1
-            step = Step(ort, session, spec, rows, 1, len(recipe.allocation), 1)
-            step.temperature[:, 0] = 1
-            step.remask_count[:, 0] = Schedule.of(recipe, spec.bits_per_token).remask_count
-            step.set_filled(spec.prefix_length + spec.num_tokens // 2)
-            run = step.run
-        times = []
-        for _ in range(_TIMED_RUNS + 2):
-            begin = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - begin)
-        return statistics.median(times[2:])
+            return lambda: session.run(None, {"bits": bits})
+        step = Step(ort, session, spec, 2 if recipe.guidance > 1 else 1, 1, len(recipe.allocation), 1)
+        step.temperature[:, 0] = 1
+        step.remask_count[:, 0] = Schedule.of(recipe, spec.bits_per_token).remask_count
+        step.set_filled(spec.prefix_length + spec.num_tokens // 2)
+        return step.run
 
 
 def _self_test(source: Bundle, engine: ProbeEngine, report: Progress) -> Record:
