@@ -19,7 +19,6 @@ Floats = NDArray[np.float32]
 LEVELS = 127  # symmetric int8: -127..127
 PERCENTILE = 99.99
 _FLUSH_ROWS = 256
-PREFIX = "prefix"  # the stratum of prefix positions
 _ROWS = 48  # sampled per stratum
 _CAPACITY = {"positions": 384, "cells": 384}  # layers with a single stratum
 _KL_BINS, _MSE_STEPS = 2048, 40
@@ -48,8 +47,7 @@ class InputStats:
 
     def __init__(self, layer: str, channels: int) -> None:
         self.layer = layer
-        self.maxima: Floats = np.zeros((2, 2, channels), dtype=np.float32)  # fold; prefix, all other positions
-        self.fold = 0  # 0 or 1: which half of the images the rows that come belong to
+        self.channel_max: Floats = np.zeros(channels, dtype=np.float32)
         self.channel_square: NDArray[np.float64] = np.zeros(channels)
         self.count = 0
         self.strata: dict[str, Stratum] = {}
@@ -58,7 +56,7 @@ class InputStats:
 
     def add(self, rows: Floats, stratum: str, rng: np.random.Generator) -> None:
         """Take rows [M, in] of one stratum. Raises CalibrationError for values that are not finite."""
-        self._pending.setdefault(stratum, []).append(rows)
+        self._pending.setdefault(stratum, []).append(rows.copy())  # the caller's buffer is written over by the next run
         self._pending_rows += len(rows)
         if self._pending_rows >= _FLUSH_ROWS:
             self.flush(rng)
@@ -72,34 +70,16 @@ class InputStats:
                     f"the input of {self.layer} was NaN or infinite at {stratum}: the bundle is damaged or its model "
                     "overflows; run `bar-edge verify` on it"
                 )
-            group = self.maxima[self.fold, 0 if stratum == PREFIX else 1]
-            np.maximum(group, np.abs(rows).max(axis=0), out=group)
+            np.maximum(self.channel_max, np.abs(rows).max(axis=0), out=self.channel_max)
             self.channel_square += np.square(rows, dtype=np.float64).sum(axis=0)
             self.count += len(rows)
             self.strata.setdefault(stratum, Stratum(_CAPACITY.get(stratum, _ROWS))).add(rows, rng)
         self._pending.clear()
         self._pending_rows = 0
 
-    @property
-    def channel_max(self) -> Floats:
-        """[in], over all positions."""
-        return np.asarray(self.maxima.max(axis=(0, 1)))
-
-    def groups(self) -> list[tuple[Floats, Floats]]:
-        """Sampled rows [R, in] and exact channel maxima [2, in], by fold, of what may have a scale of its own.
-
-        These are the prefix, if this layer sees it, and all other positions.
-
-        A trunk layer can see values ten times smaller in the prefix than at tokens; one scale would round them away.
-        """
-        prefix, others = [], []
-        for name, stratum in self.strata.items():
-            (prefix if name == PREFIX else others).extend(stratum.rows)
-        return [
-            (np.stack(rows), limit)
-            for rows, limit in zip((prefix, others), self.maxima.swapaxes(0, 1), strict=True)
-            if rows
-        ]
+    def sample(self) -> Floats:
+        """All sampled rows [R, in]."""
+        return np.stack([row for stratum in self.strata.values() for row in stratum.rows])
 
     @property
     def mean_square(self) -> Floats:
@@ -162,7 +142,7 @@ def to_arrays(stats: InputStats) -> dict[str, NDArray[Any]]:
     """What `from_arrays` reads back."""
     names = sorted(stats.strata)
     return {
-        "maxima": stats.maxima,
+        "channel_max": stats.channel_max,
         "channel_square": stats.channel_square,
         "count": np.int64(stats.count),
         "strata": np.array(names),
@@ -174,11 +154,14 @@ def to_arrays(stats: InputStats) -> dict[str, NDArray[Any]]:
 
 def from_arrays(layer: str, arrays: dict[str, NDArray[Any]]) -> InputStats:
     """Inverse of `to_arrays`. Raises KeyError or ValueError for arrays that do not fit together."""
-    stats = InputStats(layer, arrays["maxima"].shape[-1])
-    stats.maxima[:] = arrays["maxima"]
+    stats = InputStats(layer, len(arrays["channel_max"]))
+    sizes, rows = arrays["stratum_sizes"], arrays["rows"]
+    if rows.shape != (int(sizes.sum()), len(stats.channel_max)) or arrays["channel_square"].shape != rows.shape[1:]:
+        raise ValueError(f"the arrays of {layer} do not fit together")
+    stats.channel_max[:] = arrays["channel_max"]
     stats.channel_square[:] = arrays["channel_square"]
     stats.count = int(arrays["count"])
-    parts = np.split(arrays["rows"], np.cumsum(arrays["stratum_sizes"])[:-1])
-    for name, count, rows in zip(arrays["strata"], arrays["stratum_counts"], parts, strict=True):
-        stats.strata[str(name)] = Stratum(_CAPACITY.get(str(name), _ROWS), list(rows), int(count))
+    parts = np.split(rows, np.cumsum(sizes)[:-1])
+    for name, count, part in zip(arrays["strata"], arrays["stratum_counts"], parts, strict=True):
+        stats.strata[str(name)] = Stratum(_CAPACITY.get(str(name), _ROWS), list(part), int(count))
     return stats

@@ -8,7 +8,6 @@ image_seq_len · token_size bits in raster order on the fine grid. The class id 
 import hashlib
 import io
 import json
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +32,8 @@ def read_pretokenized(root: Path, spec: ModelSpec, *, images: int, seed: int) ->
         raise CalibrationError(f"{train}: {len(folders)} class folders, but the model has {spec.num_classes} classes")
     files = {label: sorted(folder.glob("*.npz")) for label, folder in enumerate(folders)}
     total = sum(map(len, files.values()))
+    if seed < 0:
+        raise CalibrationError(f"the seed must not be negative, is {seed}")
     if total < images:
         raise CalibrationError(f"{train}: holds {total} images, {images} were asked for")
     rng = np.random.default_rng(seed)
@@ -69,7 +70,7 @@ def _read_tokens(path: Path, data: bytes, spec: ModelSpec) -> NDArray[np.uint8]:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as stored:
             tokens = np.asarray(stored["tokens"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # numpy and zipfile raise a dozen kinds for damaged files
         raise CalibrationError(f"{path}: not a readable pretokenized image ({error!r})") from error
     if tokens.size != expected or not np.isin(tokens, (0, 1)).all():
         raise CalibrationError(f"{path}: {tokens.size} values of {tokens.dtype}, expected {expected} bits")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from bar_edge.calibration import smoothing
 from bar_edge.calibration.observers import LEVELS, InputStats, input_range
 from bar_edge.export.linear import BITS, INT4_WEIGHT, INT8, INT8_WEIGHT
+from bar_edge.runtime.errors import CalibrationError
 
 Floats = NDArray[np.float32]
 
@@ -23,7 +24,7 @@ STRENGTHS = {  # of smoothing to try; 0 means none
 _INT4_CLIPS = (1.0, 0.93, 0.86, 0.79)
 _INT8_CLIPS = (1.0,)
 _JUDGED_OUTPUTS = 384
-_UNKNOWN_HEADROOM, _LARGEST_OVERSHOOT = 1.25, 4.0
+_PERFECT_DB = 300.0
 _MAX_BLOCK = 128
 
 
@@ -34,8 +35,8 @@ class Choice:
     precision: str
     strength: float
     factors: Floats | None  # [in], None if not smoothed
-    input_zero_point: tuple[int, ...]  # of asymmetric uint8 activations, one per scale; empty if symmetric
-    input_scale: tuple[float, ...]  # of static activations: one, or that of the prefix and that of tokens
+    input_scale: float | None  # of static activations
+    input_zero_point: int | None  # of asymmetric uint8 activations
     snr_db: float  # of the layer's output
 
 
@@ -43,38 +44,30 @@ def choose(
     stats: InputStats, weight: Floats, precision: str, observer: str, *, foldable: bool, asymmetric: bool = False
 ) -> Choice:
     """Search the smoothing strength with the least output error on the sampled rows. weight [out, in]."""
-    groups = stats.groups()
+    rows = stats.sample()
     judged = weight[:: max(1, len(weight) // _JUDGED_OUTPUTS)]  # enough to compare strengths by
-    exact = np.concatenate([rows for rows, _ in groups]) @ judged.T
+    exact = rows @ judged.T
     power = float(np.square(exact, dtype=np.float64).mean())
     best: Choice | None = None
     for strength in STRENGTHS[precision] if foldable else (0.0,):
         s = smoothing.factors(stats.channel_max, weight, strength) if strength else None
-        w = judged if s is None else judged * s
-        grids: list[tuple[float, int]] = []
-        inputs = [rows if s is None else rows / s for rows, _ in groups]
+        x, w = (rows, judged) if s is None else (rows / s, judged * s)
+        scale = zero_point = None
         if precision == INT8:
-            limits = [
-                float((maxima.max(axis=0) if s is None else maxima.max(axis=0) / s).max())
-                * headroom(maxima, weight, strength)
-                for _, maxima in groups
-            ]
-            grids = [
-                _grid(rows, input_range(rows, limit, observer), asymmetric)
-                for rows, limit in zip(inputs, limits, strict=True)
-            ]
-            inputs = [_rounded(rows, *grid) for rows, grid in zip(inputs, grids, strict=True)]
+            largest = float((stats.channel_max if s is None else stats.channel_max / s).max())
+            scale, zero_point = _grid(x, input_range(x, largest, observer), asymmetric)
+            x = _rounded(x, scale, zero_point)
             levels, out_scale = per_channel(w)
             w = levels.astype(np.float32) * out_scale[:, None]
         else:
             mean_square = stats.mean_square if s is None else stats.mean_square / s**2
             w = from_blocks(*to_blocks(w, BITS[precision], mean_square), BITS[precision])
-        error = float(np.square(np.concatenate(inputs) @ w.T - exact, dtype=np.float64).mean())
-        snr = 10 * np.log10(power / max(error, 1e-30)) if power else np.inf
+        error = float(np.square(x @ w.T - exact, dtype=np.float64).mean())
+        snr = min(10 * np.log10(power / max(error, 1e-30)), _PERFECT_DB) if power else _PERFECT_DB
         if best is None or snr > best.snr_db:
-            zero_points = tuple(zero for _, zero in grids) if asymmetric else ()
-            best = Choice(precision, strength, s, zero_points, tuple(scale for scale, _ in grids), float(snr))
-    assert best is not None
+            best = Choice(precision, strength, s, scale, zero_point if asymmetric else None, float(snr))
+    if best is None or not np.isfinite(best.snr_db):
+        raise CalibrationError(f"the weights of {stats.layer} hold NaN or infinite values; the bundle is damaged")
     return best
 
 
@@ -94,21 +87,6 @@ def _grid(rows: Floats, limit: float, asymmetric: bool) -> tuple[float, int]:
 def _rounded(rows: Floats, scale: float, zero_point: int) -> Floats:
     levels = np.clip(np.rint(rows / np.float32(scale)) + zero_point, 0, 255)
     return np.asarray((levels - zero_point) * np.float32(scale), dtype=np.float32)
-
-
-def headroom(maxima: Floats, weight: Floats, strength: float) -> float:
-    """How far images that were not seen may exceed the range: what one half of the images does to the other's.
-
-    maxima [2, in]: exact channel maxima of two halves of the images. Smoothing that divides a rarely used channel by
-    the largest value it happened to meet looks best on the images it was fitted to, and saturates on others.
-    """
-    if not maxima.any(axis=1).all():
-        return _UNKNOWN_HEADROOM
-    overshoot = 1.0
-    for own, other in (maxima, maxima[::-1]):
-        s = smoothing.factors(own, weight, strength) if strength else np.ones_like(own)
-        overshoot = max(overshoot, float((other / s).max() / (own / s).max()))
-    return min(overshoot, _LARGEST_OVERSHOOT)
 
 
 def per_channel(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
@@ -161,13 +139,12 @@ def stored(layer: str, choice: Choice, weight: Floats, mean_square: Floats) -> d
     """The tensors a layer is stored as (`export/linear.py`). weight [out, in], mean_square [in] are smoothed ones."""
     if choice.precision == INT8:
         levels, scale = per_channel(weight)
-        shape = () if len(choice.input_scale) == 1 else (2,)
-        zero_point = np.array(choice.input_zero_point, dtype=np.uint8)
+        zero_point = choice.input_zero_point
         return {
-            **({f"{layer}.input_zero_point": zero_point.reshape(shape)} if choice.input_zero_point else {}),
+            **({} if zero_point is None else {f"{layer}.input_zero_point": np.array(zero_point, dtype=np.uint8)}),
             f"{layer}.weight_int8": np.ascontiguousarray(levels.T),
             f"{layer}.weight_scale": scale,
-            f"{layer}.input_scale": np.array(choice.input_scale, dtype=np.float32).reshape(shape),
+            f"{layer}.input_scale": np.array(choice.input_scale, dtype=np.float32),
         }
     bits = BITS[choice.precision]
     values, block_scale = to_blocks(weight, bits, mean_square)

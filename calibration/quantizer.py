@@ -71,7 +71,7 @@ def quantize_bundle(
     output: Path,
     *,
     precision: str,
-    observer: str = "max",
+    observer: str = "mse",
     asymmetric: bool = False,
     keep_fp32: tuple[str, ...] = (),
     budget: float | None = None,

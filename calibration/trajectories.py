@@ -7,7 +7,6 @@ layer's input into `InputStats`, and survives interruption: a partial file is wr
 
 import io
 import json
-import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bar_edge.calibration.observers import PREFIX, InputStats, from_arrays, to_arrays
+from bar_edge.calibration.observers import InputStats, from_arrays, to_arrays
 from bar_edge.calibration.probe import Inputs, ProbeEngine, ProbeStep
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines import Batch
@@ -89,7 +88,9 @@ class Calibration:
                     arrays = {key.removeprefix(prefix): stored[key] for key in stored.files if key.startswith(prefix)}
                     loaded.stats[layer] = from_arrays(layer, arrays)
                 return loaded
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        except CalibrationError:
+            raise
+        except Exception as error:  # numpy and zipfile raise a dozen kinds for damaged files
             raise CalibrationError(f"{path}: not a calibration file ({error}); collect again") from error
 
     def check_bundle(self, bundle: Bundle, path: Path) -> None:
@@ -128,6 +129,8 @@ def collect(
     `partial` is where an interrupted run is taken up again; it is removed when all images are done.
     Raises CalibrationError for a plan that does not fit, a value that is not finite, or too few images.
     """
+    if not 0 <= plan.seed < 2**63:
+        raise CalibrationError(f"the seed must be between 0 and 2**63 - 1, is {plan.seed}")
     if plan.images < MINIMUM_IMAGES:
         raise CalibrationError(f"{plan.images} images are too few to calibrate on; use at least {MINIMUM_IMAGES}")
     result = _resume(partial, bundle, plan) or Calibration(bundle.digest, plan)
@@ -141,7 +144,6 @@ def collect(
         indices = range(begin, begin + len(class_ids))
         batch = make_batch(bundle, class_ids, plan.seed, indices)
         bits = None if real is None else to_tokens(real.bits[part], spec)
-        collector.fold = begin // plan.batch_size % 2
         collector.guided = batch.recipe.guidance > 1
         drawn = np.empty((len(class_ids), spec.num_tokens, spec.bits_per_token), dtype=np.uint8)
         for n, step in engine.probe_walk(batch):
@@ -196,13 +198,12 @@ class _Collector:
         self._rng = rng
         self.guided = True
         self.token = -1
-        self.fold = 0
 
     def visit(self, step: ProbeStep) -> None:
         """Take the inputs of one run: of the prefix if no token is being drawn."""
-        prefix = step.positions_per_row > 1
+        prefix = self.token < 0
         quarter = self.token * _POSITION_GROUPS // self._spec.num_tokens + 1
-        group = PREFIX if prefix else f"tokens {quarter}/{_POSITION_GROUPS}"
+        group = "prefix" if prefix else f"tokens {quarter}/{_POSITION_GROUPS}"
         for layer, value in step.inputs().items():
             in_head = layer.startswith("lm_head.")
             if prefix:
@@ -241,7 +242,6 @@ class _Collector:
     def _add(self, layer: str, rows: NDArray[np.float32], stratum: str) -> None:
         if layer not in self._stats:
             self._stats[layer] = InputStats(layer, rows.shape[-1])
-        self._stats[layer].fold = self.fold
         self._stats[layer].add(rows, stratum, self._rng)
 
 
@@ -255,7 +255,10 @@ def _random_known(batch: Batch, spec: ModelSpec, rng: np.random.Generator) -> ND
 def _resume(partial: Path | None, bundle: Bundle, plan: Plan) -> Calibration | None:
     if partial is None or not partial.is_file():
         return None
-    stored = Calibration.load(partial)
+    try:
+        stored = Calibration.load(partial)
+    except CalibrationError:
+        return None  # damaged: begin anew
     if stored.bundle != bundle.digest or stored.plan != plan:
         return None  # another bundle or plan: begin anew, the old partial file is overwritten
     return stored

@@ -38,15 +38,11 @@ class GraphBuilder:
         precisions: Mapping[str, str] | None = None,
         *,
         onnxruntime: bool = False,
-        prefix: bool = False,
         parent: "GraphBuilder | None" = None,
     ) -> None:
-        """`precisions`: linear layers that are not fp32; `onnxruntime` allows that runtime's operators;
-        `prefix`: the graph runs the prefix's positions, whose inputs may have scales of their own."""
+        """`precisions`: linear layers that are not fp32; `onnxruntime` allows that runtime's operators."""
         self.onnxruntime = onnxruntime
-        self.prefix = prefix
         self.precisions = precisions or {}
-        self.chosen: dict[str, str] = {}  # stored tensor of two values -> the one chosen while the graph runs
         self.linear_inputs: list[tuple[str, str]] = []  # (layer, value) of every linear layer, for probes
         self._weights = weights
         self._parent = parent
@@ -93,16 +89,16 @@ class GraphBuilder:
         place = self._weights[name]
         return self.view(name, name, _TYPES[place.dtype], place.shape)
 
-    def view(self, name: str, source: str, data_type: int, dims: Sequence[int], first: int = 0) -> str:
-        """An initializer that reads the stored tensor `source`, from element `first` on, as another type or shape."""
+    def view(self, name: str, source: str, data_type: int, dims: Sequence[int]) -> str:
+        """An initializer that reads the beginning of the stored tensor `source` as another type or shape."""
         root = self._root()
         if name not in root._initializers:
             place = self._weights[source]
             bits = 4 if data_type in (TensorProto.INT4, TensorProto.UINT4) else 8 * place.dtype.itemsize
-            offset, length = place.offset + first * place.dtype.itemsize, -(-math.prod(dims) * bits // 8)
+            length = -(-math.prod(dims) * bits // 8)
             tensor = TensorProto(name=name, data_type=data_type, dims=dims)
             tensor.data_location = TensorProto.EXTERNAL
-            for key, value in (("location", FILE_NAME), ("offset", offset), ("length", length)):
+            for key, value in (("location", FILE_NAME), ("offset", place.offset), ("length", length)):
                 tensor.external_data.add(key=key, value=str(value))
             root._initializers[name] = tensor
         return name

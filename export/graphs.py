@@ -24,7 +24,7 @@ import numpy as np
 import onnx
 
 from bar_edge.export.builder import MICROSOFT, GraphBuilder
-from bar_edge.export.linear import choose_scales, linear, table_sum
+from bar_edge.export.linear import linear, table_sum
 from bar_edge.runtime.spec import DECODER_HEADS, LAYER_NORM_EPS, RMS_NORM_EPS, ModelSpec
 from bar_edge.runtime.weights import StoredTensor
 
@@ -38,13 +38,13 @@ FINAL_PIECES = 2  # scale, shift in front of the output
 def build_graphs(spec: ModelSpec, weights: Weights, precisions: Precisions | None = None) -> dict[str, onnx.ModelProto]:
     """All graphs of a bundle by name."""
 
-    def builder(*, onnxruntime: bool = False, prefix: bool = False) -> GraphBuilder:
-        return GraphBuilder(weights, precisions, onnxruntime=onnxruntime, prefix=prefix)
+    def builder(*, onnxruntime: bool = False) -> GraphBuilder:
+        return GraphBuilder(weights, precisions, onnxruntime=onnxruntime)
 
     return {
         "modulation": modulation_graph(builder(), spec),
-        "prefix": trunk_graph(builder(prefix=True), spec),
-        "trunk_step": trunk_graph(builder(), spec),
+        "prefix": trunk_graph(builder(), spec, "prefix"),
+        "trunk_step": trunk_graph(builder(), spec, "trunk_step"),
         "mask_ratio": mask_ratio_graph(builder(), spec),
         "head_modulation": head_modulation_graph(builder(), spec),
         "head_pass": head_pass_graph(builder(), spec),
@@ -82,14 +82,13 @@ def modulation_graph(g: GraphBuilder, spec: ModelSpec, *, probe: bool = False) -
     return g.model("modulation", "adaLN of many positions in one product")
 
 
-def trunk_graph(g: GraphBuilder, spec: ModelSpec) -> onnx.ModelProto:
+def trunk_graph(g: GraphBuilder, spec: ModelSpec, name: str) -> onnx.ModelProto:
     """T new positions of every row -> latent [rows, W] of the last one, caches updated in place (section 2).
 
-    `prefix` and `trunk_step` are this graph: T is F there and 1 here, and quantized inputs may differ in scale.
+    `prefix` and `trunk_step` are this graph with T = F and T = 1: engines with static shapes are built of each.
     """
     g.op("Identity", _trunk(g, spec), name="latent")
     g.output("latent", F32, ["rows", spec.head_width], "conditions the next token")
-    name = "prefix" if g.prefix else "trunk_step"
     return g.model(name, "trunk over a preallocated KV cache")
 
 
@@ -291,11 +290,6 @@ def _trunk(g: GraphBuilder, spec: ModelSpec) -> str:
     count = 6 * spec.num_layers
     flat = g.op("Reshape", modulation, g.constant([-1, d], I64))  # so that each piece is [rows*T, D] without a Squeeze
     pieces = g.op("Split", flat, axis=0, num_outputs=count, outputs=count)
-    if g.onnxruntime:  # one graph runs the prefix (T > 1) and tokens
-        length = g.op("Gather", g.op("Shape", symbols), g.constant(1, I64))
-        is_prefix = g.op("Cast", g.op("Greater", length, g.constant(1, I64)), to=onnx.TensorProto.INT64)
-        parts = ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
-        choose_scales(g, [f"blocks.{i}.{part}" for i in range(spec.num_layers) for part in parts], is_prefix)
     residual: str | None = None
     for i in range(spec.num_layers):
         block = f"blocks.{i}"

@@ -4,8 +4,8 @@ What a layer is stored as decides nothing by itself; `GraphBuilder.precisions` s
 
     fp32              {layer}.weight [out, in]                                Gemm
     int8              {layer}.weight_int8 [in, out], weight_scale [out],      static symmetric W8A8: Q/DQ around MatMul;
-                      input_scale [] or [2] (prefix, tokens)                  ONNX Runtime: its integer product by name
-                      input_zero_point, uint8 of that shape                   only if asymmetric: ONNX Runtime alone
+                      input_scale []                                          ONNX Runtime: its integer product by name
+                      input_zero_point [] uint8                               only if asymmetric: ONNX Runtime alone
     int8-weight       {layer}.weight_blocks8 [out, blocks, 128] uint8,        weight-only, 128 is zero
                       block_scale [out, blocks]
     int4-weight       {layer}.weight_blocks4 [out, blocks, 64] uint8,         weight-only, two values a byte, 8 is zero
@@ -15,8 +15,6 @@ ONNX Runtime would find its integer product behind Q/DQ by itself, but only if n
 Add become a Gemm that has no integer kernel, and nothing is said), and signed activations have no fast kernel on x86.
 So its form names the operator and shifts activations to uint8 with zero point 128: the same numbers.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -46,10 +44,9 @@ def table_sum(g: GraphBuilder, x: str, rows: str, base: str | None = None) -> st
 
 def _int8(g: GraphBuilder, x: str, layer: str, bias: str, name: str) -> str:
     weight, scale = g.weight(f"{layer}.weight_int8"), g.weight(f"{layer}.weight_scale")
-    input_scale = _of_positions(g, f"{layer}.input_scale", onnx.TensorProto.FLOAT)
-    asymmetric = g.has(f"{layer}.input_zero_point")
-    if asymmetric:
-        zero = _of_positions(g, f"{layer}.input_zero_point", onnx.TensorProto.UINT8)
+    input_scale = g.weight(f"{layer}.input_scale")
+    if g.has(f"{layer}.input_zero_point"):
+        zero = g.weight(f"{layer}.input_zero_point")
     else:
         zero = g.constant(128, np.uint8) if g.onnxruntime else g.constant(0, np.int8)
     quantized = g.op("QuantizeLinear", x, input_scale, zero)
@@ -59,32 +56,6 @@ def _int8(g: GraphBuilder, x: str, layer: str, bias: str, name: str) -> str:
     x = g.op("DequantizeLinear", quantized, input_scale, zero)
     weight = g.op("DequantizeLinear", weight, scale, axis=1)
     return str(g.op("Add", g.op("MatMul", x, weight), bias, name=name))
-
-
-def choose_scales(g: GraphBuilder, layers: Sequence[str], prefix: str) -> None:
-    """Let layers with two scales use that of the prefix where `prefix` (int64 scalar) is 1, of tokens where it is 0.
-
-    All at once: a Gather and a Split for the scales of the whole trunk, and for its zero points if it has any.
-    """
-    for part in ("input_scale", "input_zero_point"):
-        names = [f"{layer}.{part}" for layer in layers if g.precisions.get(layer) == INT8]
-        two = [name for name in names if g.has(name) and g.shape_of(name) == (2,)]
-        if not two:
-            continue
-        table = g.op("Concat", *(g.weight(name) for name in two), axis=0)
-        table = g.op("Reshape", table, g.constant([-1, 2], np.int64))  # [layers, 2]
-        index = g.op("Sub", g.constant(1, np.int64), prefix)
-        chosen = g.op("Split", g.op("Gather", table, index, axis=1), axis=0, num_outputs=len(two), outputs=len(two))
-        g.chosen |= dict(zip(two, [chosen] if len(two) == 1 else chosen, strict=True))
-
-
-def _of_positions(g: GraphBuilder, name: str, data_type: int) -> str:
-    """The one value of a layer's input; of two, that of the positions this graph runs."""
-    if name in g.chosen:
-        return g.chosen[name]
-    if g.shape_of(name) == ():
-        return g.weight(name)
-    return g.view(f"{name}.{'prefix' if g.prefix else 'token'}", name, data_type, (), 1 - g.prefix)
 
 
 def _weight_only(g: GraphBuilder, x: str, layer: str, bias: str, bits: int, name: str) -> str:

@@ -83,7 +83,7 @@ def quantize(
         Path | None,
         typer.Option("--data", help="Real images, pretokenized (ROOT/train/CLASS/*.npz), instead of drawn ones."),
     ] = None,
-    observer: Annotated[str, typer.Option(help="Range of activations: max, percentile, entropy or mse.")] = "max",
+    observer: Annotated[str, typer.Option(help="Range of activations: max, percentile, entropy or mse.")] = "mse",
     asymmetric: Annotated[
         bool, typer.Option("--asymmetric", help="Zero points for static activations; only ONNX Runtime runs them.")
     ] = False,

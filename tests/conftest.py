@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,18 +11,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the models are tiny: more threads would only wait for each other
 import numpy as np
 import pytest
 import torch
 import yaml
 
 from bar_edge.benchmarks.random_checkpoint import random_tokenizer
+from bar_edge.calibration.quantizer import quantize_bundle
+from bar_edge.calibration.trajectories import Calibration, collect, make_plan
 from bar_edge.export import demo
 from bar_edge.export.checkpoint import Checkpoint, load_checkpoint
 from bar_edge.export.exporter import export_bundle
 from bar_edge.export.model import Decoder, build_decoder, build_generator
 from bar_edge.export.model import Generator as Reference
 from bar_edge.runtime.bundle import MANIFEST, Bundle
+from bar_edge.runtime.engines.onnxruntime import exact_int8_products
 from bar_edge.runtime.generator import Generator
 from bar_edge.runtime.noise import RecordedNoise
 from bar_edge.runtime.spec import ModelSpec, Recipe
@@ -30,7 +35,8 @@ DATA = Path(__file__).parent / "data"
 GOLDEN = DATA / "golden"
 GENERATORS = ("patch1", "patch1_10bit", "patch2", "patch4")
 SAMPLINGS = ("cfg", "nocfg", "greedy", "random_order")
-torch.set_num_threads(1)  # the models are tiny: more threads would only wait for each other
+PRECISIONS = ("int8", "int8-weight", "int4-weight")
+torch.set_num_threads(1)
 RECORDED_TOKENIZERS = {"patch1": "decoder_6bit"}  # the others get one with random weights
 
 
@@ -40,6 +46,7 @@ class Case:
     def __init__(self, generator: Path, tokenizer: Path, config: Path, output: Path) -> None:
         self.generator, self.tokenizer, self.config = generator, tokenizer, config
         self.output = output
+        self._quantized: dict[str, Bundle] = {}
 
     def recorded(self, name: str) -> dict[str, np.ndarray]:
         """The arrays of a recorded `name.npz` beside the generator."""
@@ -69,6 +76,21 @@ class Case:
     @cached_property
     def runtime(self) -> Generator:
         return Generator(self.bundle, engine="onnxruntime", threads=1)
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        return collect(self.bundle, make_plan(self.spec, images=8, seed=1000, batch_size=4), threads=1)
+
+    def quantized(self, precision: str) -> Bundle:
+        """Every layer that can be, whether or not it is faster here. Skips where INT8 products are not exact."""
+        if not exact_int8_products():
+            pytest.skip("this processor has no VNNI instructions: its INT8 products saturate")
+        if precision not in self._quantized:
+            output = self.output.with_name(f"bundle-{precision}")
+            self._quantized[precision] = quantize_bundle(
+                self.bundle, self.calibration, output, precision=precision, measure=False, threads=1
+            )
+        return self._quantized[precision]
 
     def close(self) -> None:
         if "runtime" in self.__dict__:
@@ -151,6 +173,18 @@ def golden(request: pytest.FixtureRequest, cases: Callable[[str], Case]) -> Case
 def patch1(cases: Callable[[str], Case]) -> Case:
     """The plainest golden generator, with a recorded tokenizer."""
     return cases("patch1")
+
+
+@pytest.fixture(scope="session")
+def small(cases: Callable[[str], Case]) -> Case:
+    """A golden generator whose trunk, modulation, head and decoder all have layers large enough to quantize."""
+    return cases("patch1_10bit")
+
+
+@pytest.fixture(scope="session", params=PRECISIONS)
+def precision(request: pytest.FixtureRequest) -> str:
+    """What linear layers are quantized to, in turn."""
+    return str(request.param)
 
 
 @pytest.fixture(params=SAMPLINGS)

@@ -206,11 +206,36 @@ def test_an_unknown_tensor_is_refused_by_name(tmp_path, patch1, generator):
 )  # fmt: skip
 @pytest.mark.parametrize("shape", [None, (), (1,), (0,), (0, 0, 0)], ids=str)
 def test_a_damaged_defining_tensor_is_a_checkpoint_error(tmp_path, patch1, generator, name, shape):
-    if shape is None:
-        del generator[name]
+    if shape is None:  # the rotary tables of all blocks are one: it is missing when it is in no block
+        table = name.partition(".attn.rope.")[2] or "none"
+        for key in [key for key in generator if key == name or key.endswith(f".attn.rope.{table}")]:
+            del generator[key]
     else:
         generator[name] = torch.zeros(shape)
     with pytest.raises(CheckpointError):
+        load_checkpoint(save(generator, tmp_path / "bad.bin"), patch1.tokenizer, patch1.config)
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+def test_a_rotary_table_kept_in_one_block_serves_them_all(tmp_path, patch1, generator, kept, suffix):
+    """Writers that drop shared tensors keep one of them, and which one is theirs to choose."""
+    tables = [name for name in generator if ".attn.rope." in name]
+    for name in tables:
+        if not name.startswith(f"blocks.{kept}."):
+            del generator[name]
+    assert len(generator) == len(patch1.checkpoint.generator) - 4
+    loaded = load_checkpoint(save(generator, tmp_path / f"shared{suffix}"), patch1.tokenizer, patch1.config)
+    assert loaded.spec == patch1.spec
+    for name in tables:
+        assert torch.equal(loaded.generator[name], patch1.checkpoint.generator[name]), name
+
+
+@pytest.mark.parametrize("table", ["freqs_cos", "freqs_sin"])
+def test_a_rotary_table_that_no_block_has_is_missed_by_name(tmp_path, patch1, generator, table):
+    for i in range(3):
+        del generator[f"blocks.{i}.attn.rope.{table}"]
+    with pytest.raises(CheckpointError, match=rf"missing.*blocks\.0\.attn\.rope\.{table}|rope\.{table} missing"):
         load_checkpoint(save(generator, tmp_path / "bad.bin"), patch1.tokenizer, patch1.config)
 
 

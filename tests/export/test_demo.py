@@ -10,18 +10,24 @@ from bar_edge.runtime.errors import RequestError
 from bar_edge.runtime.pictures import read_settings
 
 
-def test_the_demo_exports_draws_verifies_and_times(tmp_path, monkeypatch):
-    for name in ("_TIMED_ROUNDS", "PER_CLASS"):
-        monkeypatch.setattr(demo, name, 1)
+def test_the_demo_exports_draws_verifies_quantizes_judges_and_times(tmp_path, monkeypatch):
+    few = {"_TIMED_ROUNDS": 1, "_PER_CLASS": 3, "_SHOWN": 2, "_SHOWN_BESIDE": 1, "_CALIBRATION_IMAGES": 8}
+    for name, value in few.items():
+        monkeypatch.setattr(demo, name, value)
     monkeypatch.setattr(demo, "cpu_count", lambda: 1)
     output = tmp_path / "demo"
     done = CliRunner().invoke(app, ["demo", "-o", str(output)], catch_exceptions=False)
     assert done.exit_code == 0
-    assert Bundle.open(output / "bundle").spec.num_classes == 10
-    with Image.open(output / "digits.png") as sheet:
-        assert sheet.width > 128 * demo.PER_CLASS and sheet.height > 128 * 10
-    assert read_settings(output / "digits.png")["seed"] == demo.SEED
-    for line in ("self-test: all 768 bits equal", "0 without a tie", "pytorch", "onnxruntime", "digits.png"):
+    exact, int8 = Bundle.open(output / "bundle"), Bundle.open(output / "bundle-int8")
+    assert exact.spec == int8.spec and exact.spec.num_classes == 10
+    assert int8.manifest["provenance"]["source"]["digest"] == exact.digest
+    for name, columns, rows in (("digits.png", 2, 10), ("fp32-and-int8.png", 2, 10)):
+        with Image.open(output / name) as sheet:
+            assert 128 * columns < sheet.width < 200 * columns and 128 * rows < sheet.height < 200 * rows, name
+        settings = read_settings(output / name)
+        assert settings["seed"] == demo.SEED and settings["bundles"] == [exact.digest, int8.digest]
+    for line in ("self-test: all 768 bits equal", "0 without a tie", "decisions flip", "fp32: ", "int8: ",
+                 "Fréchet distance to real digits", "pytorch", "bundle-int8", "digits.png"):  # fmt: skip
         assert line in done.stdout, line
     assert "error" not in done.stdout.lower()
 

@@ -49,8 +49,8 @@ def test_provenance_names_the_sources_by_hash_and_no_folder(patch1):
 
 
 def test_the_self_test_is_what_the_reference_draws(patch1):
-    shape = (patch1.spec.image_seq_len, patch1.spec.token_size)
-    record = Record.load(patch1.bundle.path / "selftest.npz", shape)
+    record = Record.load(patch1.bundle.path / "selftest.npz", patch1.spec)
+    assert record.bits.shape == (patch1.spec.image_seq_len, patch1.spec.token_size)
     assert record.image.shape == (64, 64, 3) and record.image.dtype == np.uint8
     assert record.latent.shape == (48,)
     assert 0 <= record.class_id < patch1.spec.num_classes

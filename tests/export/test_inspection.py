@@ -53,10 +53,10 @@ def test_an_unrelated_checkpoint_is_refused(tmp_path):
 
 
 def test_a_graph_is_described_without_reading_its_weights(tmp_path, patch1):
-    path = tmp_path / "trunk.onnx"
-    path.write_bytes(patch1.bundle.graph("trunk").read_bytes())  # the weights stay behind
+    path = tmp_path / "trunk_step.onnx"
+    path.write_bytes(patch1.bundle.graph("trunk_step").read_bytes())  # the weights stay behind
     facts = describe_file(path)
-    assert (facts["kind"], facts["name"]) == ("ONNX graph", "trunk")
+    assert (facts["kind"], facts["name"]) == ("ONNX graph", "trunk_step")
     assert facts["opsets"] == {"ai.onnx": 24}
     assert facts["inputs"]["symbols"] == "int64 [rows, T]"
     assert facts["outputs"]["latent"] == "float [rows, 48]"

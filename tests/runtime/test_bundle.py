@@ -293,10 +293,18 @@ def test_an_existing_output_is_refused_without_force(tmp_path, patch1):
     assert Bundle.open(output).spec == patch1.spec
 
 
-def test_a_dangling_link_counts_as_existing(tmp_path):
-    (tmp_path / "bundle").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(BundleError, match="exists already"), publish(tmp_path / "bundle", 0, force=False):
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("target", ["nowhere", "a folder", "a bundle"])
+def test_a_link_is_never_replaced(tmp_path, bundle_copy, target, force):
+    (tmp_path / "a folder").mkdir()
+    places = {"nowhere": tmp_path / "nowhere", "a folder": tmp_path / "a folder", "a bundle": bundle_copy}
+    link = tmp_path / "link"
+    link.symlink_to(places[target])
+    before = names(tmp_path)
+    with pytest.raises(BundleError, match="link: is a link; give the folder itself"), publish(link, 0, force=force):
         raise AssertionError("not reached")
+    assert names(tmp_path) == before and link.is_symlink()
+    Bundle.open(bundle_copy)
 
 
 def test_force_replaces_a_bundle_completely(tmp_path, patch1):
