@@ -19,6 +19,7 @@ from bar_edge.runtime.engines import Batch
 from bar_edge.runtime.errors import CalibrationError
 from bar_edge.runtime.generator import Generator
 
+_PERFECT_DB = 300.0  # of equal values: JSON has no infinity
 Progress = Callable[[str, int, int], None]
 
 
@@ -201,7 +202,7 @@ class _Snr:
 
     @property
     def db(self) -> float:
-        return 10 * float(np.log10(self._signal / self._noise)) if self._noise else float("inf")
+        return 10 * float(np.log10(self._signal / self._noise)) if self._noise else _PERFECT_DB
 
 
 def _kl(exact: NDArray[np.float32], found: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -95,20 +95,13 @@ def quantize_bundle(
     Raises CalibrationError for settings that do not fit, EngineError if a graph is not what was asked for.
     """
     report = progress or (lambda what, done, total: None)
-    if precision not in PRECISIONS or observer not in OBSERVERS:
-        raise CalibrationError(
-            f"precision {precision!r} and observer {observer!r}: known are {', '.join(PRECISIONS)} "
-            f"and {', '.join(OBSERVERS)}"
-        )
-    if "quantization" in source.manifest:
-        raise CalibrationError(f"{source.path}: is quantized already; quantize the fp32 bundle it was made from")
+    check_settings(source, precision=precision, observer=observer, keep_fp32=keep_fp32, budget=budget)
+    calibration.check_bundle(source)
     spec = source.spec
     tensors = open_weights(source.path)
     places = weights.read_places(source.path / weights.FILE_NAME)
     layers = linear_layers(spec, places)
     known = [layer for group in layers.values() for layer in group]
-    if unknown := sorted(set(keep_fp32) - set(known)):
-        raise CalibrationError(f"unknown layers {', '.join(unknown)}; `bar-edge inspect` lists the layers of a bundle")
     wanted = {
         layer: INT8 if graph in MANY_ROWS else precision
         for graph, group in layers.items()
@@ -158,12 +151,15 @@ def quantize_bundle(
             in_step = {layer: final[layer] for group in ("trunk", "head") for layer in layers[group] if layer in final}
             sizes = {layer: places[f"{layer}.weight"].length for layer in in_step}
             both = _unpublished(source, scratch, source.graphs)
+            fixed = {layer: kind for layer, kind in final.items() if layer not in in_step}
             searched = sensitivity.search(
-                recorded, both, in_step, sizes, budget=budget, threads=threads, progress=report
-            )  # fmt: skip
+                recorded, both, in_step, fixed, sizes, budget=budget, threads=threads, progress=report
+            )
             final = {layer: kind for layer, kind in final.items() if layer not in searched.kept_fp32}
             if searched.harm:
                 sensitivity.plot(searched, folder / SENSITIVITY_PLOT)
+        if not final:
+            raise CalibrationError(f"a budget of {budget:.2%} flips leaves nothing quantized, so no bundle was written")
         shutil.rmtree(scratch)
         unused = {f"{layer}.weight" for layer in final}
         unused |= {f"{layer}.{part}" for layer in set(wanted) - set(final) for part in _parts(wanted[layer])}
@@ -204,6 +200,25 @@ def quantize_bundle(
             quantization=quantization, progress=report,
         )  # fmt: skip
     return Bundle.open(output, report)
+
+
+def check_settings(
+    source: Bundle, *, precision: str, observer: str, keep_fp32: tuple[str, ...], budget: float | None
+) -> None:
+    """Raise CalibrationError for settings that do not fit `source`; long work asks before it begins."""
+    if precision not in PRECISIONS or observer not in OBSERVERS:
+        raise CalibrationError(
+            f"precision {precision!r} and observer {observer!r}: known are {', '.join(PRECISIONS)} "
+            f"and {', '.join(OBSERVERS)}"
+        )
+    if budget is not None and not 0 <= budget <= 1:
+        raise CalibrationError(f"the budget is a fraction of flips, 0 to 1, not {budget}")
+    if "quantization" in source.manifest:
+        raise CalibrationError(f"{source.path}: is quantized already; quantize the fp32 bundle it was made from")
+    layers = linear_layers(source.spec, weights.read_places(source.path / weights.FILE_NAME))
+    known = {layer for group in layers.values() for layer in group}
+    if unknown := sorted(set(keep_fp32) - known):
+        raise CalibrationError(f"unknown layers {', '.join(unknown)}; `bar-edge inspect` lists the layers of a bundle")
 
 
 def _layer_entry(precision: str, choice: Choice | None) -> dict[str, Any]:
@@ -299,6 +314,8 @@ def _measure(
     for i, (part, graph) in enumerate((("modulation",) * 2, ("decode",) * 2, ("trunk", "step"), ("head", "step"))):
         report("measuring graphs", i, len(layers))
         quantized = {layer: wanted[layer] for layer in layers[part] if layer in wanted}
+        if not quantized:
+            continue
         fp32, ours = bench.seconds(graph, {}, quantized)
         timings.append(Timing(part, fp32, ours, kept=fp32 / ours >= _FASTER))
     return timings

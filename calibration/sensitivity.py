@@ -32,6 +32,7 @@ def search(
     recorded: list[Recorded],
     bundle: Bundle,
     wanted: Mapping[str, str],
+    fixed: Mapping[str, str],
     weight_bytes: Mapping[str, int],
     *,
     budget: float,
@@ -44,10 +45,11 @@ def search(
         recorded: fp32 trajectories that were not calibrated on.
         bundle: a folder whose weights hold every layer both ways.
         wanted: step layer -> precision, everything quantized.
+        fixed: other layers -> precision, which stay quantized in all that is measured but a layer's own harm.
         weight_bytes: step layer -> bytes of its fp32 weights, what keeping it costs.
         budget: the fraction of flipped decisions allowed.
 
-    Raises CalibrationError if not even fp32 holds the budget, which means the recording is of another model.
+    Raises CalibrationError if the budget does not hold even with all step layers in fp32.
     """
 
     def measure(precisions: Mapping[str, str], what: str) -> TeacherForced:
@@ -57,7 +59,7 @@ def search(
         finally:
             engine.close()
 
-    before = measure(wanted, "sensitivity: everything quantized")
+    before = measure({**fixed, **wanted}, "sensitivity: everything quantized")
     if before.flips <= budget:
         return Sensitivity(budget, before, before, {}, ())
     harm = {
@@ -78,7 +80,8 @@ def search(
     )
     if after.flips > budget:
         raise CalibrationError(
-            f"a budget of {budget:.2%} flips cannot be held: fp32 itself differs by {after.flips:.2%}"
+            f"a budget of {budget:.2%} flips cannot be held: with trunk and head in fp32, {after.flips:.2%} still "
+            "flip by the modulation's integers; allow more, or keep its layers with --keep"
         )
     return Sensitivity(budget, before, after, harm, tuple(order[:low]))
 

@@ -93,7 +93,7 @@ class Calibration:
         except Exception as error:  # numpy and zipfile raise a dozen kinds for damaged files
             raise CalibrationError(f"{path}: not a calibration file ({error}); collect again") from error
 
-    def check_bundle(self, bundle: Bundle, path: Path) -> None:
+    def check_bundle(self, bundle: Bundle, path: Path | str = "the calibration") -> None:
         """Raise CalibrationError unless this was collected, completely, from that bundle."""
         if self.bundle != bundle.digest:
             raise CalibrationError(
@@ -126,7 +126,7 @@ def collect(
 ) -> Calibration:
     """Stream every linear layer's inputs while `bundle` draws (or follows) the planned images.
 
-    `partial` is where an interrupted run is taken up again; it is removed when all images are done.
+    `partial` is written after every batch, and is where an interrupted run is taken up again.
     Raises CalibrationError for a plan that does not fit, a value that is not finite, or too few images.
     """
     if not 0 <= plan.seed < 2**63:
@@ -162,11 +162,9 @@ def collect(
         collector.decoder(engine.decoder_inputs(to_fine_grid(drawn, spec)))
         collector.flush()
         result.images_done = begin + len(class_ids)
-        if partial is not None and not result.complete:
+        if partial is not None:
             result.save(partial)
     engine.close()
-    if partial is not None:
-        partial.unlink(missing_ok=True)
     return result
 
 

@@ -109,16 +109,22 @@ def quantize(
     check_output(output, force=force)
     with _progress() as bar:
         source = _open(bundle, bar)
+        quantizer.check_settings(
+            source, precision=precision, observer=observer, keep_fp32=tuple(keep or ()), budget=budget
+        )
+        partial = output.absolute().parent / f".{output.name}.calibration.npz"
+        if calibration is not None and not calibration.absolute().parent.is_dir():
+            raise RequestError(f"{calibration}: its folder does not exist; make it first")
         if calibration is not None and calibration.exists():
             collected = trajectories.Calibration.load(calibration)
             collected.check_bundle(source, calibration)
+            err.print(f"using the ranges in {calibration}: {collected.plan.images} images, seed {collected.plan.seed}")
         else:
             real = None
             if data is not None:
                 reader = _need("bar_edge.calibration.pretokenized", "calibration")
                 real = reader.read_pretokenized(data, source.spec, images=images, seed=seed)
             plan = trajectories.make_plan(source.spec, images=images, seed=seed, batch_size=batch_size, real=real)
-            partial = output.absolute().parent / f".{output.name}.calibration.npz"
             partial.parent.mkdir(parents=True, exist_ok=True)
             collected = trajectories.collect(source, plan, real=real, partial=partial, threads=threads, progress=bar)
             if calibration is not None:
@@ -127,6 +133,7 @@ def quantize(
             source, collected, output, precision=precision, observer=observer, asymmetric=asymmetric,
             keep_fp32=tuple(keep or ()), budget=budget, measure=measure, force=force, threads=threads, progress=bar,
         )  # fmt: skip
+    partial.unlink(missing_ok=True)
     facts = made.manifest["quantization"]
     for sentence in facts["timings"] or ["nothing measured on this machine (--no-measure)"]:
         out.print(sentence)

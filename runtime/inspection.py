@@ -29,7 +29,12 @@ def linear_layers(places: Mapping[str, StoredTensor]) -> dict[str, str]:
     layers = {}
     for name, place in places.items():
         layer, _, part = name.rpartition(".")
-        if part in stored and f"{layer}.bias" in places and (part != "weight" or len(place.shape) == 2):
+        if (
+            part in stored
+            and ".t_embedder." not in layer
+            and f"{layer}.bias" in places
+            and (part != "weight" or len(place.shape) == 2)
+        ):
             layers[layer] = stored[part]
     return dict(sorted(layers.items()))
 

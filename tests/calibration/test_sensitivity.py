@@ -41,7 +41,7 @@ def measured(monkeypatch) -> list[dict[str, str]]:
 @pytest.fixture
 def find(measured) -> Callable[[float], Sensitivity]:
     wanted = dict.fromkeys(HARM, "int8")
-    return lambda budget: search([], None, wanted, BYTES, budget=budget)
+    return lambda budget: search([], None, wanted, {}, BYTES, budget=budget)
 
 
 def test_the_fewest_layers_in_order_of_harm_per_byte_hold_the_budget(find):

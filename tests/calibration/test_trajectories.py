@@ -250,7 +250,7 @@ def test_a_resumed_run_uses_every_image_exactly_once(small, interrupted, monkeyp
     monkeypatch.setattr(trajectories, "make_batch", told)
     resumed = collect(small.bundle, plan, partial=partial, threads=1)
     assert drawn == [4, 5, 6, 7]
-    assert resumed.complete and not partial.exists()
+    assert resumed.complete and Calibration.load(partial).complete
     assert_same_statistics(resumed, small.calibration)
 
 
@@ -273,7 +273,6 @@ def test_a_damaged_partial_file_does_not_stop_the_next_run(small, tmp_path):
     partial = tmp_path / "partial.npz"
     partial.write_bytes(b"PK\x03\x04 cut short")
     assert collect(small.bundle, small.calibration.plan, partial=partial, threads=1).complete
-    assert not partial.exists()
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from bar_edge.calibration.quantize import block_size, from_blocks, per_channel, to_blocks
 from bar_edge.calibration.quantizer import write_weights
 from bar_edge.export.builder import GraphBuilder
-from bar_edge.export.linear import choose_scales, linear
+from bar_edge.export.linear import linear
 from bar_edge.runtime import weights
 from bar_edge.runtime.engines.onnxruntime import exact_int8_products, load_session
 
@@ -144,47 +144,6 @@ def test_zeros_give_the_bias(layers):
         for form in FORMS:
             found = layer.run(form, np.zeros((2, layer.weight.shape[1]), dtype=np.float32))
             np.testing.assert_allclose(found, np.tile(layer.bias, (2, 1)), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("zero_points", [False, True])
-def test_the_prefix_and_tokens_have_scales_of_their_own(tmp_path, zero_points):
-    """Canonical graphs are written for one of them; the runtime's chooses while it runs."""
-    rng = np.random.default_rng(1)
-    weight, x = rng.standard_normal((64, 128)).astype(np.float32), rng.standard_normal((4, 128)).astype(np.float32)
-    levels, scale = per_channel(weight)
-    scales, zeros = np.array([0.002, 0.05], dtype=np.float32), np.array([100, 140], dtype=np.uint8)
-    tensors, names = {}, ("first.layer", "second.layer")
-    for name, order in zip(names, (slice(None), slice(None, None, -1)), strict=True):  # not the same two scales
-        parts = {"bias": np.zeros(64, dtype=np.float32), "weight_int8": np.ascontiguousarray(levels.T)}
-        parts |= {"weight_scale": scale, "input_scale": scales[order].copy()}
-        parts |= {"input_zero_point": zeros[order].copy()} if zero_points else {}
-        tensors |= {f"{name}.{part}": value for part, value in parts.items()}
-    places = write_weights(tmp_path, tensors, lambda what, done, total: None)
-    for which in (0, 1):
-        found = {}
-        for form in FORMS:
-            runtime = form == "onnxruntime"
-            g = GraphBuilder(
-                places, dict.fromkeys(names, "int8"), onnxruntime=runtime, prefix=not runtime and which == 0
-            )
-            value = g.input("x", np.float32, ["M", 128])
-            if runtime:
-                choose_scales(g, names, g.input("is_prefix", np.int64, []))
-            for name in names:
-                linear(g, value, name, name=f"y of {name}")
-                g.output(f"y of {name}", np.float32, ["M", 64])
-            session = load_session(onnxruntime, g.model("layers", "two layers").SerializeToString(), 1, tmp_path)
-            feeds = {"x": x} | ({"is_prefix": np.array(1 - which)} if runtime else {})
-            found[form] = session.run(None, feeds)
-        for i, name in enumerate(names):
-            step, zero = (
-                tensors[f"{name}.input_scale"][which],
-                int(zeros[[which, 1 - which][i]]) if zero_points else 128,
-            )
-            rounded = (np.clip(np.rint(x / step) + zero, 0, 255) - zero) * np.float64(step)
-            expected = rounded @ (levels * scale[:, None].astype(np.float64)).T
-            for form in FORMS:
-                np.testing.assert_allclose(found[form][i], expected, rtol=1e-5, atol=1e-4, err_msg=f"{form} {name}")
 
 
 def test_the_canonical_form_passes_the_full_check_with_standard_operators(layers):
