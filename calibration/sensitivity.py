@@ -69,15 +69,17 @@ def search(
     order = sorted(wanted, key=lambda layer: harm[layer] / weight_bytes[layer], reverse=True)
     low, high = 1, len(order)  # the budget fails with low - 1 layers kept; find the fewest that hold
     results: dict[int, TeacherForced] = {}
+
+    def keeping(count: int) -> TeacherForced:
+        if count not in results:
+            quantized = {**fixed, **{layer: wanted[layer] for layer in order[count:]}}
+            results[count] = measure(quantized, f"sensitivity: {count} layers kept")
+        return results[count]
+
     while low < high:
         middle = (low + high) // 2
-        results[middle] = measure(
-            {layer: wanted[layer] for layer in order[middle:]}, f"sensitivity: {middle} layers kept"
-        )
-        low, high = (low, middle) if results[middle].flips <= budget else (middle + 1, high)
-    after = results.get(low) or measure(
-        {layer: wanted[layer] for layer in order[low:]}, f"sensitivity: {low} layers kept"
-    )
+        low, high = (low, middle) if keeping(middle).flips <= budget else (middle + 1, high)
+    after = keeping(low)
     if after.flips > budget:
         raise CalibrationError(
             f"a budget of {budget:.2%} flips cannot be held: with trunk and head in fp32, {after.flips:.2%} still "

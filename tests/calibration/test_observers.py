@@ -6,6 +6,7 @@ import pytest
 from bar_edge.calibration.observers import (
     LEVELS,
     OBSERVERS,
+    InputStats,
     Stratum,
     from_arrays,
     input_range,

@@ -164,7 +164,7 @@ def test_asymmetric_activations_serve_what_is_mostly_positive(small, quantize):
     better = [
         found["layers"][layer]["snr_db"] > plain["layers"][layer]["snr_db"]
         for layer in plain["layers"]
-        if layer.endswith((".fc2", ".w3"))  # behind GELU and SiLU
+        if layer.endswith(".fc2")  # behind GELU; what w3 sees is a product, and as often negative
     ]
     assert all(better)
     with Generator(bundle, threads=1) as runtime:

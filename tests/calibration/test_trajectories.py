@@ -13,7 +13,6 @@ import pytest
 
 from bar_edge.benchmarks.random_checkpoint import random_generator, random_tokenizer, write_checkpoint
 from bar_edge.calibration import trajectories
-from bar_edge.calibration.observers import PREFIX
 from bar_edge.calibration.probe import ProbeEngine, linear_layers
 from bar_edge.calibration.trajectories import Calibration, RealImages, collect, make_batch, make_plan
 from bar_edge.export.exporter import export_bundle
@@ -64,14 +63,14 @@ def test_layers_are_stratified_by_position_pass_and_branch(small):
     assert len(passes) > 1
     strata = {
         "modulation": {"positions"},
-        "trunk": {PREFIX} | in_branches(*QUARTERS),
+        "trunk": {"prefix"} | in_branches(*QUARTERS),
         "head": in_branches(*passes),
         "decode": {"cells"},
     }
     for name, group in groups_of(small).items():
         for layer in group:
             # the prefix's latent conditions nothing
-            expected = strata[name] - ({PREFIX} if layer == "latent_condition_proj" else set())
+            expected = strata[name] - ({"prefix"} if layer == "latent_condition_proj" else set())
             assert small.calibration.stats[layer].strata.keys() == expected, layer
 
 
@@ -80,16 +79,16 @@ def test_strata_are_equally_full(small):
     for layer in ("blocks.1.mlp.w3", "lm_head.transformer.2.mlp.w12", "lm_head.adaln_before_head.adaLN_modulation.1"):
         strata = small.calibration.stats[layer].strata
         rows = images * spec.num_tokens // (1 if layer.startswith("lm_head.") else len(QUARTERS))
-        assert {stratum.count for name, stratum in strata.items() if name != PREFIX} == {rows}
+        assert {stratum.count for name, stratum in strata.items() if name != "prefix"} == {rows}
 
 
 def test_without_guidance_there_is_one_branch(small):
     bundle = replace(small.bundle, recipe=replace(small.bundle.recipe, guidance=1.0))
     found = collect(bundle, make_plan(bundle.spec, images=4, seed=1, batch_size=4), threads=1)
     for layer in ("blocks.0.attn.qkv", "lm_head.output_embed"):
-        names = found.stats[layer].strata.keys() - {PREFIX}
+        names = found.stats[layer].strata.keys() - {"prefix"}
         assert names and all(name.endswith(" conditional") for name in names)
-    rows = sum(s.count for name, s in found.stats["blocks.0.attn.qkv"].strata.items() if name != PREFIX)
+    rows = sum(s.count for name, s in found.stats["blocks.0.attn.qkv"].strata.items() if name != "prefix")
     assert rows == 4 * small.spec.num_tokens
 
 
@@ -112,7 +111,7 @@ def walked(bundle: Bundle, plan: trajectories.Plan, bits: np.ndarray | None = No
 
 def at_tokens(found: Calibration, layer: str) -> Iterator[np.ndarray]:
     for name, stratum in found.stats[layer].strata.items():
-        if name != PREFIX:
+        if name != "prefix":
             yield from stratum.rows
 
 
@@ -130,7 +129,7 @@ def test_the_statistics_are_those_of_every_row_of_the_walk(small):
             np.testing.assert_allclose(stats.mean_square, square, rtol=1e-5, err_msg=layer)
         else:  # the trunk: few enough rows to be sampled whole
             assert sampled == known, layer
-            tokens = stats.count - (stats.strata[PREFIX].count if PREFIX in stats.strata else 0)
+            tokens = stats.count - (stats.strata["prefix"].count if "prefix" in stats.strata else 0)
             assert tokens == len(rows), layer
             assert (stats.channel_max >= np.abs(rows).max(axis=0)).all(), layer
 
@@ -170,7 +169,7 @@ def test_a_prefix_of_two_positions_is_still_the_prefix(tmp_path):
     sources = (tmp_path / name for name in ("generator.bin", "tokenizer.bin", "config.yaml"))
     bundle = export_bundle(*sources, tmp_path / "bundle")
     found = collect(bundle, make_plan(spec, images=4, seed=1, batch_size=4), threads=1)
-    assert found.stats["blocks.0.attn.qkv"].strata.keys() == {PREFIX} | in_branches(*QUARTERS)
+    assert found.stats["blocks.0.attn.qkv"].strata.keys() == {"prefix"} | in_branches(*QUARTERS)
     assert found.stats["lm_head.output_embed"].count == 2 * 4 * 2 * spec.num_tokens
 
 
