@@ -349,6 +349,12 @@ def main() -> None:
         err.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
         err.print(str(error), markup=False, highlight=False)
         sys.exit(2)
+    except OSError as error:
+        if "--debug" in sys.argv:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        err.print(f"error: {where}{error.strerror or error}; nothing half-written was left behind", markup=False)
+        sys.exit(2)
     except Exception as error:
         show, exit_code = getattr(error, "show", None), getattr(error, "exit_code", None)
         if show is None or exit_code is None:

@@ -389,3 +389,10 @@ def test_an_interruption_is_exit_code_130_and_leaves_no_half_written_file(digits
     assert all(name.endswith(".png") and not name.startswith(".") for name in names(output))
     for file in output.iterdir():
         read_settings(file)
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(command, digits):
+    done = command("generate", digits.bundle.path, "--class", "1", "-o", "/proc/bar-edge/out")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: /proc/bar-edge") and "nothing half-written" in done.stderr
+    assert "Traceback" not in done.stderr
