@@ -8,7 +8,6 @@ by class accuracy (`calibration/frechet.py`). One seed alone says little: sets o
 
 import sys
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bar_edge.benchmarks.measure import machine, save, versions
+from bar_edge.benchmarks.measure import save, stamp
 from bar_edge.calibration.frechet import judge
 from bar_edge.export.demo import data
 from bar_edge.runtime.bundle import Bundle
@@ -99,9 +98,8 @@ def main(
             progress=status.update,
         )  # fmt: skip
     command = " ".join(["python -m bar_edge.benchmarks.demo_quality", *sys.argv[1:]])
-    date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     output.parent.mkdir(parents=True, exist_ok=True)
-    save({"date": date, "command": command, "machine": machine(), "versions": versions(), **report}, output)
+    save({**stamp(command), **report}, output)
     console.print(table(report))
 
 

@@ -55,16 +55,19 @@ def measure(
                     progress(f"{kind}: {worker.contender.name}")
                 worker.run(counted=round_number >= warmup)
         return {
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-            "command": command,
-            "machine": machine(),
-            "versions": versions(),
+            **stamp(command),
             "rounds": rounds,
             "contenders": [worker.finish() for worker in workers],
         }
     finally:
         for worker in workers:
             worker.stop()
+
+
+def stamp(command: str) -> Report:
+    """What every result says beside its figures: date, command, machine and versions."""
+    date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    return {"date": date, "command": command, "machine": machine(), "versions": versions()}
 
 
 def save(report: Report, path: Path) -> None:

@@ -10,7 +10,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bar_edge.benchmarks.contenders import memory
-from bar_edge.benchmarks.measure import machine, save, versions
+from bar_edge.benchmarks.measure import save, stamp
 from bar_edge.runtime.engines.onnxruntime import cpu_count
 
 SHAPES = ((2048, 11008), (5504, 2048), (768, 2304), (768, 768))  # in, out: head w12 and w3, trunk qkv and proj
@@ -136,12 +135,8 @@ def main(
             cells = [f"{e['rows'][2] / 1e9:.1f} / {e['rows'][16] / 1e9:.1f}" for e in figures[form].values()]
             table.add_row(form, *cells)
     command = " ".join(["python -m bar_edge.benchmarks.products", *sys.argv[1:]])
-    date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     output.parent.mkdir(parents=True, exist_ok=True)
-    save(
-        {"date": date, "command": command, "machine": machine(), "versions": versions(), "threads": threads,
-         "weights_per_second": figures}, output,
-    )  # fmt: skip
+    save({**stamp(command), "threads": threads, "weights_per_second": figures}, output)
     console.print(table)
 
 
