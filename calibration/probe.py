@@ -4,7 +4,6 @@ Calibration and quality both run this: the graphs that execute, with the real re
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -152,15 +151,3 @@ def step_layers(builder: GraphBuilder, spec: ModelSpec) -> list[str]:
     """Linear layers of the step graph, those of the passes included."""
     model = step_graph(builder, spec, probe=True)
     return [output.name.removeprefix(INPUT) for output in model.graph.output if output.name.startswith(INPUT)]
-
-
-def open_weights(folder: Path) -> dict[str, NDArray[Any]]:
-    """Every tensor of a weights file, memory mapped and read-only."""
-    path = folder / weights.FILE_NAME
-    places = weights.read_places(path)
-    return {
-        name: np.memmap(path, dtype=place.dtype, mode="r", offset=place.offset, shape=place.shape or (1,)).reshape(
-            place.shape
-        )
-        for name, place in places.items()
-    }

@@ -22,7 +22,6 @@ STRENGTHS = {  # of smoothing to try; 0 means none
     INT4_WEIGHT: (0.0, 0.2, 0.35, 0.5),
 }
 _INT4_CLIPS = (1.0, 0.93, 0.86, 0.79)
-_INT8_CLIPS = (1.0,)
 _JUDGED_OUTPUTS = 384
 _PERFECT_DB = 300.0
 _MAX_BLOCK = 128
@@ -103,7 +102,9 @@ def block_size(in_features: int) -> int:
 def to_blocks(weight: Floats, bits: int, mean_square: Floats) -> tuple[NDArray[np.uint8], Floats]:
     """weight [out, in] -> values [out, blocks, bytes] and scale [out, blocks].
 
-    The scale of every block is the candidate with the least squared error, weighted by the input's mean square [in]:
+    8-bit rows have one scale for all their blocks: TensorRT-RTX reads weights with a scale per channel as they are, and
+    with one per block makes a float copy of them at every call. The scale of every 4-bit block
+    is the candidate with the least squared error, weighted by the input's mean square [in]:
     what matters is the layer's output, not its weights. 4-bit values are packed two a byte, the first one low.
     """
     out, in_features = weight.shape
@@ -112,9 +113,11 @@ def to_blocks(weight: Floats, bits: int, mean_square: Floats) -> tuple[NDArray[n
     importance = (mean_square + 1e-12).reshape(1, -1, block)
     zero = 1 << (bits - 1)
     largest = np.maximum(np.abs(blocks).max(axis=2), 1e-12)
+    if bits == 8:
+        largest = np.broadcast_to(largest.max(axis=1, keepdims=True), largest.shape)
     best_error = np.full(largest.shape, np.inf, dtype=np.float32)
     best_scale = np.empty_like(largest)
-    for clip in _INT4_CLIPS if bits == 4 else _INT8_CLIPS:
+    for clip in _INT4_CLIPS if bits == 4 else (1.0,):
         scale = largest * clip / (zero - 1)
         rounded = np.clip(np.rint(blocks / scale[..., None]), -zero, zero - 1)
         error = (np.square(rounded * scale[..., None] - blocks) * importance).sum(axis=2)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from bar_edge.calibration import sensitivity, smoothing
 from bar_edge.calibration.observers import OBSERVERS
-from bar_edge.calibration.probe import ProbeEngine, linear_layers, open_weights
+from bar_edge.calibration.probe import ProbeEngine, linear_layers
 from bar_edge.calibration.quality import Recorded, probe, record, teacher_forced
 from bar_edge.calibration.quantize import Choice, choose, quantizable, stored
 from bar_edge.calibration.trajectories import Calibration, make_batch
@@ -98,7 +98,7 @@ def quantize_bundle(
     check_settings(source, precision=precision, observer=observer, keep_fp32=keep_fp32, budget=budget)
     calibration.check_bundle(source)
     spec = source.spec
-    tensors = open_weights(source.path)
+    tensors = weights.open_weights(source.path)
     places = weights.read_places(source.path / weights.FILE_NAME)
     layers = linear_layers(spec, places)
     known = [layer for group in layers.values() for layer in group]

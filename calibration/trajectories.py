@@ -178,8 +178,7 @@ def make_batch(bundle: Bundle, class_ids: NDArray[np.int64], seed: int, indices:
     """A batch with the bundle's recipe, raster order and seeded noise."""
     spec, recipe = bundle.spec, bundle.recipe
     noise = SeededNoise(seed, indices)
-    u_bits, u_confidence = noise.uniforms(spec.num_tokens, len(recipe.allocation), spec.bits_per_token)
-    return Batch(class_ids, recipe, u_bits, u_confidence, noise.orders(spec.num_tokens))
+    return Batch(class_ids, recipe, noise, noise.orders(spec.num_tokens))
 
 
 def spread_classes(images: int, num_classes: int) -> tuple[int, ...]:

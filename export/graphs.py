@@ -19,6 +19,7 @@ this call), S (passes); fixed ones: D, H, d, N, F, K, W, L as in `runtime/spec.p
 """
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 import onnx
@@ -67,7 +68,7 @@ def modulation_graph(g: GraphBuilder, spec: ModelSpec, *, probe: bool = False) -
     embedding = g.op("Gather", g.weight("symbol_embedding"), rows)  # [U, D]
     steps = g.op("Unsqueeze", g.op("Gather", g.weight("timesteps_embeddings"), positions), g.constant([1], I64))
     m = g.op("Reshape", g.op("Add", steps, embedding), g.constant([-1, spec.hidden_size], I64))  # [T*U, D]
-    m = _silu(g, m)
+    m = silu(g, m)
     split = g.op(
         "Concat", g.op("Shape", positions), g.op("Shape", class_id), g.constant([6, spec.hidden_size], I64), axis=0
     )
@@ -92,14 +93,14 @@ def trunk_graph(g: GraphBuilder, spec: ModelSpec, name: str) -> onnx.ModelProto:
     return g.model(name, "trunk over a preallocated KV cache")
 
 
-def mask_ratio_graph(g: GraphBuilder, spec: ModelSpec) -> onnx.ModelProto:
-    """mask_ratio [S] -> ratio_embedding [S, W] (section 3): constant for an allocation."""
-    ratio = g.input("mask_ratio", F32, ["S"], "fraction of bits still masked at each pass")
+def mask_ratio_graph(g: GraphBuilder, spec: ModelSpec, *, passes: int = 0) -> onnx.ModelProto:
+    """mask_ratio [S] -> ratio_embedding [S, W] (section 3): constant for an allocation. `passes` fixes S."""
+    ratio = g.input("mask_ratio", F32, [passes or "S"], "fraction of bits still masked at each pass")
     angle = g.op("Mul", g.op("Unsqueeze", ratio, g.constant([1], I64)), g.weight("lm_head.t_embedder.W"))
     angle = g.op("Mul", angle, g.constant(2 * np.pi, F32))
     x = linear(g, g.op("Concat", g.op("Sin", angle), g.op("Cos", angle), axis=-1), "lm_head.t_embedder.mlp.0")
-    linear(g, _silu(g, x), "lm_head.t_embedder.mlp.2", name="ratio_embedding")
-    g.output("ratio_embedding", F32, ["S", spec.head_width])
+    linear(g, silu(g, x), "lm_head.t_embedder.mlp.2", name="ratio_embedding")
+    g.output("ratio_embedding", F32, [passes or "S", spec.head_width])
     return g.model("mask_ratio", "embedding of the mask ratios of an allocation")
 
 
@@ -107,7 +108,7 @@ def head_modulation_graph(g: GraphBuilder, spec: ModelSpec) -> onnx.ModelProto:
     """latent [rows, W], ratio_embedding [S, W] -> modulation.i [S, rows, 3W] of each block, and of the output, 2W."""
     latent = g.input("latent", F32, ["rows", spec.head_width])
     ratio = g.input("ratio_embedding", F32, ["S", spec.head_width])
-    for i, (value, pieces) in enumerate(_head_modulation(g, spec, latent, ratio)):
+    for i, (value, pieces) in enumerate(head_modulation(g, spec, latent, ratio)):
         g.op("Identity", value, name=f"modulation.{i}")
         g.output(f"modulation.{i}", F32, ["S", "rows", pieces * spec.head_width])
     return g.model("head_modulation", "adaLN of the head for all passes in one product")
@@ -130,16 +131,19 @@ def head_pass_graph(g: GraphBuilder, spec: ModelSpec) -> onnx.ModelProto:
     return g.model("head_pass", "one pass of the masked-bit head")
 
 
-def decode_graph(g: GraphBuilder, spec: ModelSpec, *, probe: bool = False) -> onnx.ModelProto:
-    """bits [B, cells, token_size] of the fine grid -> image [B, 3, H, W] as it leaves conv_out (section 5)."""
+def decode_graph(g: GraphBuilder, spec: ModelSpec, *, probe: bool = False, images: int = 0) -> onnx.ModelProto:
+    """bits [B, cells, token_size] of the fine grid -> image [B, 3, H, W] as it leaves conv_out (section 5).
+
+    `images` fixes B.
+    """
     cells, grid, p, size = spec.image_seq_len, spec.grid_size, spec.decoder_patch_size, spec.image_size
     width = g.shape_of("decoder.class_embedding")[-1]
     head_dim = width // DECODER_HEADS
-    bits = g.input("bits", F32, ["images", cells, spec.token_size], "0 or 1, cells in raster order")
+    batch = images or "images"
+    bits = g.input("bits", F32, [batch, cells, spec.token_size], "0 or 1, cells in raster order")
     x = linear(g, g.op("Reshape", bits, g.constant([-1, spec.token_size], I64)), "quantize.out_proj")
     x = g.op("Reshape", x, g.constant([-1, cells, width], I64))
-    images = g.op("Shape", bits, start=0, end=1)
-    first_shape = g.op("Concat", images, g.constant([1, width], I64), axis=0)
+    first_shape = g.op("Concat", g.op("Shape", bits, start=0, end=1), g.constant([1, width], I64), axis=0)
     first = g.op("Expand", g.weight("decoder.class_embedding"), first_shape)
     x = g.op("Add", g.op("Concat", first, x, axis=1), g.weight("decoder.positional_embedding"))
     x = g.op("Reshape", x, g.constant([-1, width], I64))  # [B*(1+cells), width]
@@ -151,10 +155,11 @@ def decode_graph(g: GraphBuilder, spec: ModelSpec, *, probe: bool = False) -> on
         qkv = g.op("Reshape", linear(g, _layer_norm(g, x, f"{block}.norm1"), f"{block}.attn.qkv"), heads)
         q, k, v = g.op("Split", g.op("Transpose", qkv, perm=[2, 0, 3, 1, 4]), axis=0, num_outputs=3, outputs=3)
         q, k, v = (g.op("Squeeze", part, g.constant([0], I64)) for part in (q, k, v))  # [B, heads, 1+cells, d]
-        out = g.op("Transpose", g.op("Attention", q, k, v), perm=[0, 2, 1, 3])
+        out = attention(g, head_dim, *map(g.to_device, (q, k, v)), written_out=g.device is not None)
+        out = g.op("Transpose", out, perm=[0, 2, 1, 3])
         out = g.op("Reshape", out, g.constant([-1, width], I64))
         x = g.op("Add", x, linear(g, out, f"{block}.attn.proj"))
-        hidden = g.op("Gelu", linear(g, _layer_norm(g, x, f"{block}.norm2"), f"{block}.mlp.fc1"))
+        hidden = _gelu(g, linear(g, _layer_norm(g, x, f"{block}.norm2"), f"{block}.mlp.fc1"))
         x = g.op("Add", x, linear(g, hidden, f"{block}.mlp.fc2"))
         i += 1
     x = g.op("Reshape", x, g.constant([-1, 1 + cells, width], I64))
@@ -165,7 +170,7 @@ def decode_graph(g: GraphBuilder, spec: ModelSpec, *, probe: bool = False) -> on
     x = g.op("Reshape", g.op("Transpose", x, perm=[0, 5, 1, 3, 2, 4]), g.constant([-1, 3, size, size], I64))
     conv = (g.weight("decoder.conv_out.weight"), g.weight("decoder.conv_out.bias"))
     g.op("Conv", x, *conv, kernel_shape=[3, 3], pads=[1, 1, 1, 1], name="image")
-    g.output("image", F32, ["images", 3, size, size], "RGB, about -1 to 1, not clamped")
+    g.output("image", F32, [batch, 3, size, size], "RGB, about -1 to 1, not clamped")
     if probe:
         _probe_inputs(g)
     return g.model("decode", "tokenizer decoder")
@@ -186,7 +191,7 @@ def step_graph(g: GraphBuilder, spec: ModelSpec, *, probe: bool = False) -> onnx
     remask = g.input("remask_count", I64, ["S", 1], "bits left masked after each pass; 0 in the last")
     gumbel_bits = g.input("gumbel_bits", F32, ["S", "images", k, 2])
     gumbel_confidence = g.input("gumbel_confidence", F32, ["S", "images", k])
-    scanned = [value for value, _ in _head_modulation(g, spec, latent, ratio)]
+    scanned = [value for value, _ in head_modulation(g, spec, latent, ratio)]
     scanned += [temperature, remask, gumbel_bits, gumbel_confidence]
     if probe:
         scanned += [g.input(name, np.bool_, ["S", "images", k]) for name in ("forced_known", "forced_bits")]
@@ -269,7 +274,7 @@ def _led(g: GraphBuilder, own: str, forced: str) -> str:
 
 def _trunk(g: GraphBuilder, spec: ModelSpec) -> str:
     """Declare the trunk's inputs and outputs and write its nodes; returns the latent [rows, W]."""
-    d, heads, head_dim = spec.hidden_size, spec.num_heads, spec.head_dim
+    d = spec.hidden_size
     symbols = g.input("symbols", I64, ["rows", "T"], "rows of symbol_embedding: class, first position or a token")
     bits = g.input("bits", F32, ["rows_T", spec.bits_per_token], "0 or 1; zeros at prefix positions")
     own = g.input("positions", I64, ["rows_T"], "table row of each position: 0..F-1, or F + its grid index")
@@ -282,14 +287,29 @@ def _trunk(g: GraphBuilder, spec: ModelSpec) -> str:
     x = g.op("Add", x, embedded)
     x = g.op("Add", x, g.op("Gather", g.weight("pos_embed"), own))
     x = g.op("Add", x, g.op("Gather", g.weight("target_aware_pos_embed"), target))
+    x = trunk_layers(g, spec, x, own, target, modulation, cache)
+    x = g.op("Reshape", x, cache.sequence_shape)  # [rows, T, D]
+    return latent_of(g, spec, g.op("Gather", x, g.constant(-1, I64), axis=1))
 
+
+class Cache(Protocol):
+    """Where the keys and values of all positions are."""
+
+    def attend(self, layer: int, qk: str, v: str) -> str:
+        """Add the new positions and attend: qk [M, 2H, d], v [M, D] -> M * D values in that order, fp32."""
+
+
+def trunk_layers(g: GraphBuilder, spec: ModelSpec, x: str, own: str, target: str, modulation: str, cache: Cache) -> str:
+    """The blocks of the trunk (section 2): x [M, D], table rows own and target [M], modulation [6L, M, D] -> [M, D]."""
+    d, heads, head_dim = spec.hidden_size, spec.num_heads, spec.head_dim
     # queries of the first H/2 heads and all keys rotate by where they are, queries of the last H/2 by what they predict
     both = g.op("Concat", *(g.op("Unsqueeze", rows, g.constant([1], I64)) for rows in (own, target)), axis=1)
     which = [0] * (heads // 2) + [1] * (heads - heads // 2) + [0] * heads
-    rope_rows = g.op("Gather", both, g.constant(which, I64, "rope_source"), axis=1)  # [rows*T, 2H]
+    rope_rows = g.op("Gather", both, g.constant(which, I64, "rope_source"), axis=1)  # [M, 2H]
     count = 6 * spec.num_layers
-    flat = g.op("Reshape", modulation, g.constant([-1, d], I64))  # so that each piece is [rows*T, D] without a Squeeze
-    pieces = g.op("Split", flat, axis=0, num_outputs=count, outputs=count)
+    flat = g.op("Reshape", modulation, g.constant([-1, d], I64))  # so that each piece is [M, D] without a Squeeze
+    pieces = [g.from_device(piece) for piece in g.op("Split", flat, axis=0, num_outputs=count, outputs=count)]
+    rotate = _Rotation(g, rope_rows, head_dim)
     residual: str | None = None
     for i in range(spec.num_layers):
         block = f"blocks.{i}"
@@ -299,17 +319,41 @@ def _trunk(g: GraphBuilder, spec: ModelSpec) -> str:
         qk, v = g.op("Split", qkv, g.constant([2 * d, d], I64), axis=1, outputs=2)
         qk = _rms_norm(g, g.op("Reshape", qk, g.constant([-1, 2 * heads, head_dim], I64)), _ones(g, head_dim))
         qk = g.op("Mul", qk, g.weight(f"{block}.attn.qk_norm.weight"))
-        qk = g.op(
-            "RotaryEmbedding", qk, g.weight("rope_cos"), g.weight("rope_sin"), rope_rows, interleaved=1, num_heads=1
-        )  # heads stand in the place of the sequence
-        out = g.op("Reshape", cache.attend(i, qk, v), g.constant([-1, d], I64))
+        out = g.op("Reshape", cache.attend(i, rotate(qk), v), g.constant([-1, d], I64))
         residual = g.op("Mul", gate1, linear(g, out, f"{block}.attn.proj"))
         x, normed = _add_norm(g, x, residual, d)
         hidden = g.op("Add", g.op("Mul", normed, scale2), shift2)
         residual = g.op("Mul", gate2, _swiglu(g, hidden, f"{block}.mlp"))
-    x = g.op("Reshape", g.op("Add", x, residual), cache.sequence_shape)  # [rows, T, D]
-    last = g.op("Gather", x, g.constant(-1, I64), axis=1)
-    return linear(g, _rms_norm(g, last, _ones(g, d)), "latent_condition_proj")
+    return str(g.op("Add", x, residual))
+
+
+def latent_of(g: GraphBuilder, spec: ModelSpec, x: str) -> str:
+    """x [rows, D] of the last position -> latent [rows, W]."""
+    return linear(g, _rms_norm(g, x, _ones(g, spec.hidden_size)), "latent_condition_proj")
+
+
+class _Rotation:
+    """Rotary embedding of [M, 2H, d] by table rows [M, 2H]: heads stand in the place of the sequence."""
+
+    def __init__(self, g: GraphBuilder, rows: str, head_dim: int) -> None:
+        self._g = g
+        self._rows = rows if g.device is None else g.cast(rows, onnx.TensorProto.INT64)
+        if not g.native:
+            self._pairs = g.constant([0, 0, head_dim // 2, 2], I64)
+            self._cos, self._sin = (
+                g.op("Unsqueeze", g.op("Gather", g.weight(table), rows), g.constant([-1], I64))
+                for table in ("rope_cos", "rope_sin")
+            )  # [M, 2H, d/2, 1]
+
+    def __call__(self, x: str) -> str:
+        g = self._g
+        if g.native:
+            tables = (g.weight("rope_cos"), g.weight("rope_sin"))
+            return str(g.op("RotaryEmbedding", x, *tables, self._rows, interleaved=1, num_heads=1))
+        even, odd = g.op("Split", g.op("Reshape", x, self._pairs), axis=3, num_outputs=2, outputs=2)
+        real = g.op("Sub", g.op("Mul", even, self._cos), g.op("Mul", odd, self._sin))
+        imaginary = g.op("Add", g.op("Mul", even, self._sin), g.op("Mul", odd, self._cos))
+        return str(g.op("Reshape", g.op("Concat", real, imaginary, axis=3), g.op("Shape", x)))
 
 
 class _Cache:
@@ -360,16 +404,16 @@ class _Cache:
         )  # [rows, H, T, d]
         for new, old, updated in zip((k, v), past, present, strict=True):
             g.node("TensorScatter", (old, new, self._start), (updated,), axis=-2, mode="linear")
-        g.op("Transpose", g.op("Attention", q, *present, self._mask), perm=[0, 2, 1, 3], name=out)
+        g.op("Transpose", attention(g, self._spec.head_dim, q, *present, self._mask), perm=[0, 2, 1, 3], name=out)
         return out
 
 
-def _head_modulation(g: GraphBuilder, spec: ModelSpec, latent: str, ratio: str) -> list[tuple[str, int]]:
+def head_modulation(g: GraphBuilder, spec: ModelSpec, latent: str, ratio: str) -> list[tuple[str, int]]:
     """For each head block, then the output: (modulation [S, rows, pieces*W], pieces)."""
     w = spec.head_width
     c = g.op("Add", g.op("Unsqueeze", ratio, g.constant([1], I64)), latent)  # [S, rows, W]
     shape = g.op("Concat", g.op("Shape", c, start=0, end=2), g.constant([-1], I64), axis=0)
-    c = g.op("Reshape", _silu(g, _silu(g, c)), g.constant([-1, w], I64))
+    c = g.op("Reshape", silu(g, silu(g, c)), g.constant([-1, w], I64))
     names = [(f"lm_head.transformer.{i}", HEAD_PIECES) for i in range(spec.head_layers)]
     names.append(("lm_head.adaln_before_head", FINAL_PIECES))
     return [(g.op("Reshape", linear(g, c, f"{name}.adaLN_modulation.1"), shape), n) for name, n in names]
@@ -379,17 +423,33 @@ def _head_pass(
     g: GraphBuilder, spec: ModelSpec, known: str, known_ones: str, modulation: list[str], image_of_row: str
 ) -> str:
     """known, known_ones [B, K] bool, modulation of each block [rows, 3W] and of the output -> logits [rows, K, 2]."""
-    w = spec.head_width
     state = g.op("Cast", g.op("Concat", known, known_ones, axis=1), to=onnx.TensorProto.FLOAT)  # [B, 2K]
     x = table_sum(g, state, "lm_head.bit_embedding", "lm_head.masked_embedding")
-    x = g.op("Gather", _rms_norm(g, x, g.weight("lm_head.ln_pre.weight")), image_of_row)  # [rows, W]
+    # the norm before the rows are doubled: half the work
+    x = g.op("Gather", head_norm(g, x), image_of_row)  # [rows, W]
+    pieces = [
+        g.op("Split", value, axis=1, num_outputs=count, outputs=count)
+        for value, count in zip(modulation, [HEAD_PIECES] * spec.head_layers + [FINAL_PIECES], strict=True)
+    ]
+    return head_layers(g, spec, x, pieces)
+
+
+def head_norm(g: GraphBuilder, x: str) -> str:
+    """The head's first norm, of the embedded bits [M, W]."""
+    return _rms_norm(g, x, g.weight("lm_head.ln_pre.weight"))
+
+
+def head_layers(g: GraphBuilder, spec: ModelSpec, x: str, pieces: list[list[str]]) -> str:
+    """The blocks of the head (section 3): x [rows, W], shift, scale, gate of each and scale, shift of the output, all
+    [rows, W] -> logits [rows, K, 2]."""
+    w = spec.head_width
     residual: str | None = None
     for i in range(spec.head_layers):
-        shift, scale, gate = g.op("Split", modulation[i], axis=1, num_outputs=HEAD_PIECES, outputs=HEAD_PIECES)
+        shift, scale, gate = pieces[i]
         x, normed = _add_norm(g, x, residual, w)
         hidden = g.op("Add", g.op("Mul", normed, scale), shift)
         residual = g.op("Mul", gate, _swiglu(g, hidden, f"lm_head.transformer.{i}.mlp"))
-    scale, shift = g.op("Split", modulation[-1], axis=1, num_outputs=FINAL_PIECES, outputs=FINAL_PIECES)
+    scale, shift = pieces[-1]
     _, normed = _add_norm(g, x, residual, w)
     logits = linear(g, g.op("Add", g.op("Mul", normed, scale), shift), "lm_head.output_embed")
     return str(g.op("Reshape", logits, g.constant([-1, spec.bits_per_token, 2], I64)))
@@ -407,13 +467,37 @@ def _last_pair(g: GraphBuilder, x: str) -> tuple[str, str]:
 
 def _swiglu(g: GraphBuilder, x: str, name: str) -> str:
     x1, x2 = g.op("Split", linear(g, x, f"{name}.w12"), axis=1, num_outputs=2, outputs=2)
-    return linear(g, g.op("Mul", _silu(g, x1), x2), f"{name}.w3")
+    return linear(g, g.op("Mul", silu(g, x1), x2), f"{name}.w3")
 
 
-def _silu(g: GraphBuilder, x: str) -> str:
+def attention(
+    g: GraphBuilder, head_dim: int, q: str, k: str, v: str, mask: str = "", *, written_out: bool = False
+) -> str:
+    """Heads [B, H, T, d] over [B, H, S, d], all in the device's type -> fp32; mask bool, true where a key is seen."""
+    if not written_out:
+        return g.from_device(g.op("Attention", q, k, v, *([mask] if mask else [])))
+    scores = attention_scores(g, head_dim, q, k, mask)
+    return g.from_device(g.op("MatMul", g.to_device(g.op("Softmax", scores, axis=-1)), v))
+
+
+def attention_scores(g: GraphBuilder, head_dim: int, q: str, k: str, mask: str = "") -> str:
+    """Scaled scores in fp32 [B, H, T, S] before the softmax, in operators of opset 20."""
+    scores = g.from_device(g.op("MatMul", q, g.op("Transpose", k, perm=[0, 1, 3, 2])))
+    scores = g.op("Mul", scores, g.constant(head_dim**-0.5, F32))
+    return str(g.op("Where", mask, scores, g.constant(np.finfo(np.float32).min, F32)) if mask else scores)
+
+
+def silu(g: GraphBuilder, x: str) -> str:
     if g.onnxruntime:
         return str(g.op("QuickGelu", x, domain=MICROSOFT, alpha=1.0))
-    return str(g.op("Swish", x))
+    return str(g.op("Swish", x) if g.native else g.op("Mul", x, g.op("Sigmoid", x)))
+
+
+def _gelu(g: GraphBuilder, x: str) -> str:
+    if g.native:
+        return str(g.op("Gelu", x))
+    erf = g.op("Erf", g.op("Mul", x, g.constant(np.sqrt(0.5), F32)))
+    return str(g.op("Mul", g.op("Mul", x, g.constant(0.5, F32)), g.op("Add", erf, g.constant(1, F32))))
 
 
 def _ones(g: GraphBuilder, width: int) -> str:
@@ -421,7 +505,11 @@ def _ones(g: GraphBuilder, width: int) -> str:
 
 
 def _rms_norm(g: GraphBuilder, x: str, weight: str) -> str:
-    return str(g.op("RMSNormalization", x, weight, epsilon=RMS_NORM_EPS, axis=-1))
+    if g.native:
+        return str(g.op("RMSNormalization", x, weight, epsilon=RMS_NORM_EPS, axis=-1))
+    square = g.op("ReduceMean", g.op("Mul", x, x), g.constant([-1], I64), keepdims=1)
+    root = g.op("Sqrt", g.op("Add", square, g.constant(RMS_NORM_EPS, F32)))
+    return str(g.op("Mul", g.op("Div", x, root), weight))
 
 
 def _add_norm(g: GraphBuilder, x: str, residual: str | None, width: int) -> tuple[str, str]:

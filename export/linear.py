@@ -3,17 +3,23 @@
 What a layer is stored as decides nothing by itself; `GraphBuilder.precisions` says what to write:
 
     fp32              {layer}.weight [out, in]                                Gemm
+    fp16              {layer}.weight_fp16 [out, in] float16                   stored in half the bytes, computed in fp32
     int8              {layer}.weight_int8 [in, out], weight_scale [out],      static symmetric W8A8: Q/DQ around MatMul;
                       input_scale []                                          ONNX Runtime: its integer product by name
                       input_zero_point [] uint8                               only if asymmetric: ONNX Runtime alone
-    int8-weight       {layer}.weight_blocks8 [out, blocks, 128] uint8,        weight-only, 128 is zero
-                      block_scale [out, blocks]
+    int8-weight       {layer}.weight_blocks8 [out, blocks, 128] uint8,        weight-only, 128 is zero; the blocks of a
+                      block_scale [out, blocks]                               row share one scale
     int4-weight       {layer}.weight_blocks4 [out, blocks, 64] uint8,         weight-only, two values a byte, 8 is zero
                       block_scale [out, blocks]
 
 ONNX Runtime would find its integer product behind Q/DQ by itself, but only if no other rewrite comes first (MatMul and
 Add become a Gemm that has no integer kernel, and nothing is said), and signed activations have no fast kernel on x86.
 So its form names the operator and shifts activations to uint8 with zero point 128: the same numbers.
+
+For a GPU (`GraphBuilder.device`) the same layers are read from the file that `export/compile.py` makes: weights in the
+device's type, weight-only values signed, because TensorRT knows no zero points. x comes and goes in fp32; the product
+is named `{layer}.product`, by which the compiled plan is read back. Static INT8 keeps fp32 scales and a fp32 sum: with
+fp16 scales TensorRT-RTX stores unscaled sums as fp16, which overflow.
 """
 
 import numpy as np
@@ -21,8 +27,9 @@ import onnx
 
 from bar_edge.export.builder import MICROSOFT, GraphBuilder
 
-FP32, INT8, INT8_WEIGHT, INT4_WEIGHT = "fp32", "int8", "int8-weight", "int4-weight"
+FP32, FP16, INT8, INT8_WEIGHT, INT4_WEIGHT = "fp32", "fp16", "int8", "int8-weight", "int4-weight"
 BITS = {INT8_WEIGHT: 8, INT4_WEIGHT: 4}
+PRODUCT = ".product"
 
 
 def linear(g: GraphBuilder, x: str, layer: str, *, name: str = "") -> str:
@@ -30,16 +37,23 @@ def linear(g: GraphBuilder, x: str, layer: str, *, name: str = "") -> str:
     g.linear_inputs.append((layer, x))
     precision = g.precisions.get(layer, FP32)
     bias = g.weight(f"{layer}.bias")
-    if precision == FP32:
-        return str(g.op("Gemm", x, g.weight(f"{layer}.weight"), bias, transB=1, name=name))
     if precision == INT8:
         return _int8(g, x, layer, bias, name)
-    return _weight_only(g, x, layer, bias, BITS[precision], name)
+    if g.device is not None:
+        return _on_device(g, x, layer, bias, precision, name)
+    if precision in BITS:
+        return _weight_only(g, x, layer, bias, BITS[precision], name)
+    weight = g.weight(f"{layer}.weight") if precision == FP32 else _from_fp16(g, layer)
+    return str(g.op("Gemm", x, weight, bias, transB=1, name=name))
 
 
 def table_sum(g: GraphBuilder, x: str, rows: str, base: str | None = None) -> str:
     """x [M, n] of zeros and ones selects rows of a table [n, out], on top of a base vector [out]. Always fp32."""
     return str(g.op("Gemm", x, g.weight(rows), *([g.weight(base)] if base else [])))
+
+
+def _from_fp16(g: GraphBuilder, layer: str) -> str:
+    return g.cast(g.weight(f"{layer}.weight_fp16"), onnx.TensorProto.FLOAT)
 
 
 def _int8(g: GraphBuilder, x: str, layer: str, bias: str, name: str) -> str:
@@ -55,7 +69,26 @@ def _int8(g: GraphBuilder, x: str, layer: str, bias: str, name: str) -> str:
         return str(g.op("MatMulIntegerToFloat", *operands, domain=MICROSOFT, name=name))
     x = g.op("DequantizeLinear", quantized, input_scale, zero)
     weight = g.op("DequantizeLinear", weight, scale, axis=1)
-    return str(g.op("Add", g.op("MatMul", x, weight), bias, name=name))
+    return str(g.op("Add", g.op("MatMul", x, weight, name=f"{layer}{PRODUCT}"), bias, name=name))
+
+
+def _on_device(g: GraphBuilder, x: str, layer: str, bias: str, precision: str, name: str) -> str:
+    """A product in the device's type; the bias is added in fp32."""
+    stored = f"{layer}.weight"
+    out, in_features = g.shape_of(stored)
+    if precision == INT8_WEIGHT:
+        weight = g.op("DequantizeLinear", g.weight(stored), g.weight(f"{layer}.weight_scale"), axis=0)
+    elif precision == INT4_WEIGHT:
+        scale = f"{layer}.block_scale"
+        in_features *= 2  # two values a byte
+        values = g.view(stored, stored, onnx.TensorProto.INT4, (out, in_features))
+        block = in_features // g.shape_of(scale)[1]
+        weight = g.op("DequantizeLinear", values, g.weight(scale), axis=1, block_size=block)
+    else:
+        weight = g.weight(stored)
+    x = g.to_device(x) if precision in BITS or g.type_of(stored) == g.device_type else x
+    product = g.op("Gemm", x, weight, transB=1, name=f"{layer}{PRODUCT}")
+    return str(g.op("Add", g.from_device(product), bias, name=name))
 
 
 def _weight_only(g: GraphBuilder, x: str, layer: str, bias: str, bits: int, name: str) -> str:

@@ -83,6 +83,11 @@ class Bundle:
             )
         return self.path / self.graphs[name]
 
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Names of the engines it was made for."""
+        return tuple(self.manifest["engines"]) if "engines" in self.manifest else ("onnxruntime",)
+
     def file_bytes(self, name: str) -> int:
         """Size of a listed file."""
         return int(self.manifest["files"][name]["bytes"])
@@ -106,9 +111,13 @@ def write_manifest(
     graphs: Mapping[str, Mapping[str, Any]],
     provenance: Mapping[str, Any],
     quantization: Mapping[str, Any] | None = None,
+    engines: Mapping[str, Mapping[str, Any]] | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Hash every file in `folder` and write its manifest. `graphs`: name -> {"file", "precision"}."""
+    """Hash every file in `folder` and write its manifest.
+
+    `graphs`: name -> {"file", "precision"}; `engines`: what a bundle was compiled for, engine -> what it needs and has.
+    """
     names = sorted(entry.name for entry in folder.iterdir())
     sizes = {name: (folder / name).stat().st_size for name in names}
     total, done = sum(sizes.values()), 0
@@ -125,6 +134,7 @@ def write_manifest(
         "graphs": graphs,
         "provenance": provenance,
         **({"quantization": quantization} if quantization is not None else {}),
+        **({"engines": engines} if engines is not None else {}),
         "files": files,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")

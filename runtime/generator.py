@@ -25,7 +25,7 @@ from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines import Batch
 from bar_edge.runtime.errors import EngineError, RequestError
 from bar_edge.runtime.noise import NoiseSource, SeededNoise
-from bar_edge.runtime.sampling import to_fine_grid, to_uint8
+from bar_edge.runtime.sampling import to_fine_grid, to_raster, to_tokens, to_uint8
 from bar_edge.runtime.spec import Recipe
 
 DEFAULT_BATCH_SIZE = 8
@@ -59,8 +59,8 @@ class Generator:
         """
         if threads < 0:
             raise RequestError(f"threads must not be negative, is {threads}")
-        name, self.engine_reason = engines.choose(engine)
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        name, self.engine_reason = engines.choose(engine, self.bundle)
         self.spec = self.bundle.spec
         self._engine: engines.Engine | None = engines.start(name, self.bundle, threads)
         self.engine_name = name
@@ -143,8 +143,8 @@ class Generator:
                 if progress is not None:
                     progress(begin, len(ids), done, tokens)
 
-            bits = self.sample(part, recipe, noise, report)
-            for i, image in enumerate(self.decode(bits)):
+            bits, images = self.draw(part, recipe, noise, report)
+            for i, image in enumerate(images):
                 class_id = int(part[i])
                 yield Drawn(begin + i, None if class_id == self.spec.num_classes else class_id, image, bits[i])
 
@@ -154,11 +154,37 @@ class Generator:
         recipe: Recipe,
         noise: NoiseSource,
         progress: engines.TokenProgress | None = None,
+        history: NDArray[np.uint8] | None = None,
     ) -> NDArray[np.uint8]:
         """Draw one batch with given noise (seeded or recorded).
 
-        class_ids [B], C for unconditional -> bits [B, image_seq_len, token_size] uint8 on the fine grid.
+        class_ids [B], C for unconditional -> bits [B, image_seq_len, token_size] uint8 on the fine grid. With `history`
+        (bits of the same shape) every token is drawn after those recorded there, not after those just drawn.
         """
+        batch = self._batch(class_ids, recipe, noise)
+        steps = None
+        if history is not None:
+            tokens = to_tokens(history, self.spec)
+            steps = np.take_along_axis(tokens, batch.orders[:, :, None], axis=1)
+        with self._lock:
+            drawn = self._running().sample(batch, progress, steps)  # [B, N, K] by generation step
+        return to_fine_grid(to_raster(drawn, batch.orders), self.spec)
+
+    def draw(
+        self,
+        class_ids: NDArray[np.int64],
+        recipe: Recipe,
+        noise: NoiseSource,
+        progress: engines.TokenProgress | None = None,
+    ) -> tuple[NDArray[np.uint8], list[Image.Image]]:
+        """As `sample`, and the images of what was drawn, which then never leave the device in between."""
+        batch = self._batch(class_ids, recipe, noise)
+        with self._lock:
+            drawn, raw = self._running().draw(batch, progress)
+        images = [Image.fromarray(pixels) for pixels in to_uint8(raw)]
+        return to_fine_grid(to_raster(drawn, batch.orders), self.spec), images
+
+    def _batch(self, class_ids: NDArray[np.int64], recipe: Recipe, noise: NoiseSource) -> Batch:
         spec = self.spec
         recipe.validated(spec.bits_per_token)
         class_ids = np.asarray(class_ids)
@@ -166,14 +192,7 @@ class Generator:
             raise RequestError(f"class ids must be whole numbers 0 to {spec.num_classes} (unconditional): {class_ids}")
         if noise.images != len(class_ids):
             raise RequestError(f"noise for {noise.images} images, but {len(class_ids)} class ids")
-        u_bits, u_confidence = noise.uniforms(spec.num_tokens, len(recipe.allocation), spec.bits_per_token)
-        orders = noise.orders(spec.num_tokens)
-        batch = Batch(class_ids.astype(np.int64), recipe, u_bits, u_confidence, orders)
-        with self._lock:
-            drawn = self._running().sample(batch, progress)  # [B, N, K] by generation step
-        raster = np.empty_like(drawn)
-        np.put_along_axis(raster, orders[:, :, None], drawn, axis=1)
-        return to_fine_grid(raster, spec)
+        return Batch(class_ids.astype(np.int64), recipe, noise, noise.orders(spec.num_tokens))
 
     def last_latents(self) -> NDArray[np.float32]:
         """Latents [rows, W] that conditioned the last token drawn, conditional rows first; for self-tests."""

@@ -24,8 +24,11 @@ def bytes_per_token(places: Mapping[str, StoredTensor], passes: int) -> int:
 
 
 def linear_layers(places: Mapping[str, StoredTensor]) -> dict[str, str]:
-    """Every linear layer and what its weights are stored in: fp32, int8, int8-weight or int4-weight."""
-    stored = {"weight": "fp32", "weight_int8": "int8", "weight_blocks8": "int8-weight", "weight_blocks4": "int4-weight"}
+    """Every linear layer and what its weights are stored in: fp32, fp16, int8, int8-weight or int4-weight."""
+    stored = {
+        "weight": "fp32", "weight_fp16": "fp16", "weight_int8": "int8",
+        "weight_blocks8": "int8-weight", "weight_blocks4": "int4-weight",
+    }  # fmt: skip
     layers = {}
     for name, place in places.items():
         layer, _, part = name.rpartition(".")

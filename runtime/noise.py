@@ -7,7 +7,7 @@ the uniforms itself, bit for bit the same.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,6 +38,9 @@ class NoiseSource(Protocol):
     def orders(self, tokens: int) -> NDArray[np.int64]:
         """[B, N]: the grid index generated at each step."""
 
+    def part(self, begin: int, end: int) -> "NoiseSource":
+        """The noise of some of the images."""
+
 
 def philox(counter: Sequence[NDArray[np.uint64] | np.uint64], seed: int) -> NDArray[np.uint64]:
     """Philox4x32-10 of broadcastable counter words under a 64-bit seed: [..., 4] words below 2**32."""
@@ -62,6 +65,8 @@ class SeededNoise:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
             raise RequestError(f"seed must be between 0 and 2**64 - 1, is {self.seed}")
+        if any(not 0 <= index < 2**32 for index in self.image_indices):
+            raise RequestError("image indices must be between 0 and 2**32 - 1")
 
     @property
     def images(self) -> int:
@@ -82,6 +87,9 @@ class SeededNoise:
             return raster_orders(self.images, tokens)
         words = [self._words(index, np.zeros(1), np.zeros(1), KIND_ORDER, tokens) for index in self.image_indices]
         return np.argsort(np.stack(words), axis=1, kind="stable")
+
+    def part(self, begin: int, end: int) -> "SeededNoise":
+        return replace(self, image_indices=self.image_indices[begin:end])
 
     def _words(
         self, image: int, token: NDArray[Any], head_pass: NDArray[Any], kind: int, count: int
@@ -121,6 +129,10 @@ class RecordedNoise:
         if not np.array_equal(np.sort(self.recorded_orders, axis=-1), raster_orders(self.images, tokens)):
             raise RequestError(f"recorded orders must be {self.images} permutations of {tokens} grid indices")
         return self.recorded_orders
+
+    def part(self, begin: int, end: int) -> "RecordedNoise":
+        orders = None if self.recorded_orders is None else self.recorded_orders[begin:end]
+        return RecordedNoise(self.u_bits[:, :, begin:end], self.u_confidence[:, :, begin:end], orders)
 
 
 def raster_orders(images: int, tokens: int) -> NDArray[np.int64]:

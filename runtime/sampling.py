@@ -87,6 +87,13 @@ def sample_token(
     return bits, margin
 
 
+def to_raster(drawn: NDArray[Any], orders: NDArray[np.int64]) -> NDArray[Any]:
+    """Tokens by generation step [B, N, K], drawn at grid indices `orders` [B, N] -> in raster order."""
+    raster = np.empty_like(drawn)
+    np.put_along_axis(raster, orders[:, :, None], drawn, axis=1)
+    return raster
+
+
 def to_fine_grid(tokens: NDArray[Any], spec: ModelSpec) -> NDArray[Any]:
     """Bits by token in raster order [B, N, K] -> by cell of the fine grid [B, image_seq_len, token_size].
 

@@ -26,6 +26,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype(np.float16),
     "I8": np.dtype(np.int8),
     "U8": np.dtype(np.uint8),
+    "U16": np.dtype(np.uint16),
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
@@ -128,3 +129,14 @@ def _place(entry: dict[str, Any], start: int) -> StoredTensor:
     if begin + place.length != end:
         raise ValueError(f"shape {list(shape)} does not fill bytes {begin} to {end}")
     return place
+
+
+def open_weights(folder: Path) -> dict[str, NDArray[Any]]:
+    """Every tensor of a folder's weights file, memory mapped and read-only. Raises BundleError."""
+    path = folder / FILE_NAME
+    return {
+        name: np.memmap(path, dtype=place.dtype, mode="r", offset=place.offset, shape=place.shape or (1,)).reshape(
+            place.shape
+        )
+        for name, place in read_places(path).items()
+    }

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bar_edge.runtime.bundle import Bundle
-from bar_edge.runtime.errors import EngineError
+from bar_edge.runtime.errors import CompatibilityError, EngineError
+from bar_edge.runtime.noise import NoiseSource
 from bar_edge.runtime.spec import Recipe
 
 TokenProgress = Callable[[int, int], None]  # tokens done, tokens in all
@@ -24,9 +25,12 @@ class Batch:
 
     class_ids: NDArray[np.int64]  # [B]; C is the unconditional class
     recipe: Recipe
-    u_bits: NDArray[np.float32]  # [N, S, B, K, 2] uniform in [0, 1)
-    u_confidence: NDArray[np.float32]  # [N, S, B, K]
+    noise: NoiseSource  # of B images
     orders: NDArray[np.int64]  # [B, N] grid index generated at each step
+
+    def part(self, begin: int, end: int) -> "Batch":
+        """Some of its images."""
+        return Batch(self.class_ids[begin:end], self.recipe, self.noise.part(begin, end), self.orders[begin:end])
 
 
 class Engine(Protocol):
@@ -34,8 +38,19 @@ class Engine(Protocol):
 
     name: str
 
-    def sample(self, batch: Batch, progress: TokenProgress | None = None) -> NDArray[np.uint8]:
-        """Bits [B, N, K] by generation step."""
+    def sample(
+        self, batch: Batch, progress: TokenProgress | None = None, history: NDArray[np.uint8] | None = None
+    ) -> NDArray[np.uint8]:
+        """Bits [B, N, K] by generation step.
+
+        With `history` [B, N, K], every token is drawn after the tokens recorded there instead of those just drawn, so
+        that two engines can be compared decision by decision.
+        """
+
+    def draw(
+        self, batch: Batch, progress: TokenProgress | None = None
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """`sample`, and the decoded images [B, 3, H, W] of what was drawn."""
 
     def last_latents(self) -> NDArray[np.float32]:
         """Latents [rows, W] that conditioned the last token drawn, conditional rows first."""
@@ -56,9 +71,16 @@ class Status:
     detail: str  # versions if usable, otherwise why not and what to install
 
 
-# name -> module; the first usable one that the bundle has graphs for is what `auto` takes
-_MODULES = {"onnxruntime": "bar_edge.runtime.engines.onnxruntime"}
+# name -> module; the first usable one that the bundle was made for is what `auto` takes
+_MODULES = {
+    "tensorrt": "bar_edge.runtime.engines.tensorrt",
+    "onnxruntime": "bar_edge.runtime.engines.onnxruntime",
+}
 NAMES = tuple(_MODULES)
+_REMEDIES = {
+    "tensorrt": "compile it: bar-edge compile BUNDLE --target host -o OUTPUT",
+    "onnxruntime": "use the bundle that it was compiled from",
+}
 
 
 def status(name: str) -> Status:
@@ -67,14 +89,22 @@ def status(name: str) -> Status:
     return Status(name, usable, detail)
 
 
-def choose(name: str) -> tuple[str, str]:
-    """Resolve `auto` or a name to (engine, why). Raises EngineError if it is unknown or cannot run here."""
+def choose(name: str, bundle: Bundle) -> tuple[str, str]:
+    """Resolve `auto` or a name to (engine, why).
+
+    Raises EngineError if it is unknown or cannot run here, CompatibilityError if the bundle was not made for it.
+    """
     if name != "auto" and name not in _MODULES:
         raise EngineError(f"unknown engine {name!r}; known: auto, {', '.join(NAMES)}")
-    states = [status(candidate) for candidate in (NAMES if name == "auto" else (name,))]
+    made_for = bundle.engines
+    if name != "auto" and name not in made_for:
+        raise CompatibilityError(
+            f"{bundle.path}: was made for {', '.join(made_for)}, not for {name}; {_REMEDIES[name]}"
+        )
+    states = [status(candidate) for candidate in (made_for if name == "auto" else (name,))]
     for state in states:
         if state.usable:
-            why = "asked for" if name != "auto" else f"the first usable of {', '.join(NAMES)}"
+            why = "asked for" if name != "auto" else "what the bundle was made for"
             return state.name, f"{why}; {state.detail}"
     reasons = "; ".join(f"{state.name}: {state.detail}" for state in states)
     raise EngineError(f"engine {name!r} cannot run here ({reasons})")

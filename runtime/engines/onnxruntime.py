@@ -21,7 +21,7 @@ from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines import Batch, TokenProgress
 from bar_edge.runtime.errors import CompatibilityError, EngineError
 from bar_edge.runtime.noise import gumbel
-from bar_edge.runtime.sampling import Schedule, guidance_at
+from bar_edge.runtime.sampling import Schedule, guidance_at, to_fine_grid, to_raster
 from bar_edge.runtime.spec import ModelSpec
 
 MINIMUM_VERSION = (1, 24)
@@ -93,20 +93,30 @@ class OnnxRuntimeEngine:
         self._modulation: _Modulation | None = None
         self._paths = {graph: bundle.graph(graph) for graph in (_MODULATION, _MASK_RATIO, _STEP, _DECODE)}
 
-    def sample(self, batch: Batch, progress: TokenProgress | None = None) -> NDArray[np.uint8]:
+    def sample(
+        self, batch: Batch, progress: TokenProgress | None = None, history: NDArray[np.uint8] | None = None
+    ) -> NDArray[np.uint8]:
         spec = self.spec
         drawn = np.empty((len(batch.class_ids), spec.num_tokens, spec.bits_per_token), dtype=np.uint8)
-        for n, step in self.walk(batch):
+        for n, step in self.walk(batch, history):
             step.run()
             drawn[:, n] = step.drawn
             if progress is not None:
                 progress(n + 1, spec.num_tokens)
         return drawn
 
-    def walk(self, batch: Batch) -> Iterator[tuple[int, "Step"]]:
-        """Prepare the step of each token in turn; the caller runs it. The next token follows from `step.drawn`."""
+    def draw(self, batch: Batch, progress: TokenProgress | None = None) -> tuple[NDArray[np.uint8], Floats]:
+        drawn = self.sample(batch, progress)
+        return drawn, self.decode(to_fine_grid(to_raster(drawn, batch.orders), self.spec))
+
+    def walk(self, batch: Batch, history: NDArray[np.uint8] | None = None) -> Iterator[tuple[int, "Step"]]:
+        """Prepare the step of each token in turn; the caller runs it.
+
+        The next token follows from `step.drawn`, or from `history` [B, N, K].
+        """
         spec = self.spec
         images = len(batch.class_ids)
+        u_bits, u_confidence = batch.noise.uniforms(spec.num_tokens, len(batch.recipe.allocation), spec.bits_per_token)
         schedule = Schedule.of(batch.recipe, spec.bits_per_token)
         guided = batch.recipe.guidance > 1
         unconditional = np.full_like(batch.class_ids, spec.unconditional_class)
@@ -133,10 +143,10 @@ class OnnxRuntimeEngine:
             step.targets[:] = targets[:, n]
             step.set_filled(last_prefix + n + 1)
             step.guidance[...] = guidance_at(n, batch.recipe.guidance, spec.num_tokens)
-            step.gumbel_bits[:] = gumbel(batch.u_bits[n])
-            step.gumbel_confidence[:] = gumbel(batch.u_confidence[n])
+            step.gumbel_bits[:] = gumbel(u_bits[n])
+            step.gumbel_confidence[:] = gumbel(u_confidence[n])
             yield n, step
-            step.bits[:] = np.tile(step.drawn, (copies, 1))
+            step.bits[:] = np.tile(step.drawn if history is None else history[:, n], (copies, 1))
 
     def last_latents(self) -> Floats:
         if self._step is None:

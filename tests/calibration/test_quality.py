@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bar_edge.calibration import quality
-from bar_edge.calibration.probe import ProbeEngine, open_weights
+from bar_edge.calibration.probe import ProbeEngine
 from bar_edge.calibration.quality import (
     check_pair,
     compare_bundles,
@@ -22,6 +22,7 @@ from bar_edge.calibration.quality import (
 from bar_edge.calibration.quantizer import write_weights
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.errors import CalibrationError
+from bar_edge.runtime.weights import open_weights
 
 BIAS = "lm_head.output_embed.bias"
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from bar_edge.calibration import smoothing
-from bar_edge.calibration.probe import ProbeEngine, linear_layers, open_weights
+from bar_edge.calibration.probe import ProbeEngine, linear_layers
 from bar_edge.calibration.quantizer import write_weights
 from bar_edge.calibration.trajectories import make_batch
 from bar_edge.runtime import weights
 from bar_edge.runtime.bundle import Bundle
+from bar_edge.runtime.weights import open_weights
 
 TOLERANCE = 1e-4  # of the largest value
 STEPS = 6

@@ -127,7 +127,7 @@ def test_unconditional_images_beside_conditional_ones(golden):
 def test_bits_are_returned_by_generation_step_and_put_in_raster_order_once(patch1, read_sampling):
     recorded = patch1.recorded("sample_random_order")
     recipe, noise = read_sampling(recorded)
-    batch = engines.Batch(recorded["class_ids"], recipe, noise.u_bits, noise.u_confidence, noise.orders(16))
+    batch = engines.Batch(recorded["class_ids"], recipe, noise, noise.orders(16))
     direct = engines.start("onnxruntime", patch1.bundle, 1)
     drawn = direct.sample(batch)
     assert drawn.dtype == np.uint8 and drawn.shape == (3, 16, 6)
@@ -157,11 +157,11 @@ def test_the_library_has_nothing_to_warn_of(python, golden):
 # -- choosing an engine ------------------------------------------------------------------------------------------------
 
 
-def test_auto_takes_onnxruntime_and_says_why():
-    name, why = engines.choose("auto")
+def test_auto_takes_what_the_bundle_was_made_for_and_says_why(patch1):
+    name, why = engines.choose("auto", patch1.bundle)
     assert name == "onnxruntime"
-    assert "first usable" in why and "onnxruntime 1." in why
-    assert "asked for" in engines.choose("onnxruntime")[1]
+    assert "what the bundle was made for" in why and "onnxruntime 1." in why
+    assert "asked for" in engines.choose("onnxruntime", patch1.bundle)[1]
 
 
 @pytest.fixture
@@ -177,10 +177,10 @@ def test_a_missing_library_is_named_with_its_remedy(without_onnxruntime, patch1)
             Generator(patch1.output, engine=name)
 
 
-def test_a_library_that_is_too_old_is_refused(monkeypatch):
+def test_a_library_that_is_too_old_is_refused(monkeypatch, patch1):
     monkeypatch.setattr(onnxruntime, "__version__", "1.9.0")
     with pytest.raises(EngineError, match=r"onnxruntime 1\.9\.0 is too old; pip install 'onnxruntime>="):
-        engines.choose("onnxruntime")
+        engines.choose("onnxruntime", patch1.bundle)
 
 
 def test_a_graph_the_library_cannot_load_is_an_engine_error_in_one_line(bundle_copy, reseal):

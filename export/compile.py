@@ -1,0 +1,251 @@
+"""`bar-edge compile`: the graphs of a bundle become TensorRT engines, on one path for TensorRT and TensorRT-RTX.
+
+Always strongly typed with explicit Q/DQ, which is the only way that exists in every version. The plan is read back
+(`export/plan_report.py`): a product that is not computed in the precision that was asked for is an error. A compiled
+bundle holds plans, the tables that the loop's own kernels read, and the self-test; it runs on a machine without the
+bundle it was made from, and without onnx.
+"""
+
+import hashlib
+import shutil
+from collections import deque
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from bar_edge.export.builder import Device
+from bar_edge.export.device_weights import device_weights, write
+from bar_edge.export.linear import FP16, FP32
+from bar_edge.export.plan_report import BF16, Program, read_plan
+from bar_edge.export.targets import Target, resolve
+from bar_edge.export.tensorrt_graphs import build_tensorrt_graphs
+from bar_edge.runtime import weights
+from bar_edge.runtime.bundle import SELFTEST, Bundle, publish, write_manifest
+from bar_edge.runtime.engines.cuda.loop import TABLES
+from bar_edge.runtime.engines.cuda.profile import Profile
+from bar_edge.runtime.engines.tensorrt import NAME, load_library
+from bar_edge.runtime.errors import CompatibilityError, EngineError, RequestError
+from bar_edge.runtime.inspection import linear_layers
+from bar_edge.runtime.weights import PendingTensor
+
+Progress = Callable[[str, int, int], None]
+PRECISIONS = {FP16: TensorProto.FLOAT16, BF16: TensorProto.BFLOAT16, FP32: TensorProto.FLOAT}
+_IN_PLACE_SINCE = (10, 15)  # TensorRT whose parser turns TensorScatter into a cache update
+_LOG_LINES = 12
+
+
+def compile_bundle(
+    source: Bundle,
+    output: Path,
+    *,
+    target: str,
+    precision: str = FP16,
+    batches: tuple[int, ...] = (1,),
+    host_sm: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Compile a bundle, fp32 or quantized.
+
+    Args:
+        target: `rtx`, `host` or the name of a device (`export/targets.py`).
+        precision: of products that the bundle does not hold in integers: `fp16`, `bf16` or `fp32`.
+        batches: images sampled together; each has its own set of engines with static shapes.
+        host_sm: compute capability of the GPU in this machine, as 87 for 8.7.
+
+    Raises RequestError for settings that do not fit, EngineError if the builder fails or does not do what was asked.
+    """
+    report = progress or (lambda what, done, total: None)
+    _check(source, precision, batches)
+    resolved = resolve(target, host_sm)
+    builder = Builder(load_library(resolved.library), resolved, report)
+    spec, recipe = source.spec, source.recipe
+    places = weights.read_places(source.path / weights.FILE_NAME)
+    precisions = linear_layers(places)
+    device = Device(PRECISIONS[precision], builder.in_place)
+    expected = {layer: precision if kind in (FP32, FP16) else kind for layer, kind in precisions.items()}
+    tensors = weights.open_weights(source.path)
+    pending = device_weights(tensors, precisions, device.dtype)
+    profiles = [Profile.of(images, guided=recipe.guidance > 1, passes=len(recipe.allocation)) for images in batches]
+    with publish(output, 2 * len(batches) * source.file_bytes(weights.FILE_NAME), force=force) as folder:
+        scratch = folder / "scratch"
+        scratch.mkdir()
+        report("writing weights for the device", 0, 1)
+        device_places = write(scratch, pending)
+        compiled: dict[str, dict[str, Any]] = {}  # by file, so that equal graphs of several profiles are one plan
+        described = []
+        for profile in profiles:
+            plans = {}
+            graphs = build_tensorrt_graphs(spec, device_places, precisions, device, profile)
+            for name, model in graphs.items():
+                file = f"{name}-{hashlib.sha256(model.SerializeToString()).hexdigest()[:12]}.plan"
+                if file not in compiled:
+                    onnx.save(model, scratch / f"{name}.onnx")
+                    plan = builder.build(scratch / f"{name}.onnx", f"{name}, {profile.rows} rows")
+                    compiled[file] = builder.describe(name, plan, expected)
+                    (folder / file).write_bytes(plan)
+                plans[name] = {"file": file, **compiled[file]}
+            described.append({"sizes": profile.to_dict(), "plans": plans})
+        shutil.rmtree(scratch)
+        write(folder, {name: _table(tensors[name]) for name in TABLES})
+        shutil.copyfile(source.path / SELFTEST, folder / SELFTEST)
+        write_manifest(
+            folder, spec=spec, recipe=recipe, variant=source.variant, graphs={},
+            provenance={
+                "made_by": {name: metadata.version(name) for name in ("bar-edge", "onnx", "numpy")},
+                "source": {"digest": source.digest, "provenance": source.manifest["provenance"]},
+            },
+            quantization=source.manifest.get("quantization"),
+            engines={NAME: {**builder.facts, "precision": precision, "profiles": described}},
+            progress=report,
+        )  # fmt: skip
+    return Bundle.open(output, report)
+
+
+class Builder:
+    """One library, set up for one target."""
+
+    def __init__(self, library: ModuleType, target: Target, report: Progress) -> None:
+        self._trt, self._target, self._report = library, target, report
+        self._rtx = target.library == "tensorrt_rtx"
+        self._log = _log_of(library)
+        version = tuple(int(part) for part in library.__version__.split(".")[:2])
+        self.in_place = self._rtx or version >= _IN_PLACE_SINCE
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the engines were made with and need, for the manifest."""
+        return {
+            "library": self._target.library,
+            "version": self._trt.__version__,
+            "sms": list(self._target.sms),
+            "in_place": self.in_place,
+            "builder": {"strongly_typed": True, "tf32": False},
+        }
+
+    def build(self, path: Path, what: str) -> bytes:
+        """The plan of an ONNX graph. Raises EngineError with the end of the builder's log."""
+        trt = self._trt
+        self._log.lines.clear()
+        builder = trt.Builder(self._log)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, self._log)
+        if not parser.parse_from_file(str(path)):
+            errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+            raise EngineError(f"{what}: {self._name} cannot read the graph: {'; '.join(errors)}")
+        config = builder.create_builder_config()
+        config.clear_flag(trt.BuilderFlag.TF32)
+        config.progress_monitor = monitor = _monitor_of(trt)(what, self._report)
+        if self._rtx:
+            config.num_compute_capabilities = len(self._target.sms)
+            for i, sm in enumerate(self._target.sms):
+                config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), i)
+        else:
+            config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        plan = builder.build_serialized_network(network, config)
+        if monitor.interrupted:
+            raise KeyboardInterrupt
+        if plan is None:
+            tail = " | ".join(self._log.lines) or "it said nothing"
+            raise EngineError(f"{what}: {self._name} could not build an engine; the end of its log: {tail}")
+        return bytes(plan)
+
+    def describe(self, name: str, plan: bytes, expected: Mapping[str, str]) -> dict[str, Any]:
+        """What the builder made of a graph. Raises EngineError if a layer is not what was asked for."""
+        if not self._rtx:
+            return {"bytes": len(plan)}  # only a GPU can tell: `verify` does, on the device
+        program = read_plan(plan)
+        check_program(name, program, expected)
+        return {"bytes": len(plan), **program.to_dict()}
+
+    @property
+    def _name(self) -> str:
+        return f"{self._target.library} {self._trt.__version__}"
+
+
+def check_program(name: str, program: Program, expected: Mapping[str, str]) -> None:
+    """Raise EngineError unless every product is computed as asked for and none can overflow."""
+    wrong = {
+        layer: f"{kind} instead of {expected[layer]}"
+        for layer, kind in program.products.items()
+        if kind != expected.get(layer, kind)
+    }
+    if wrong:
+        listed = ", ".join(f"{layer} {how}" for layer, how in wrong.items())
+        raise EngineError(f"{name}: the builder did not do what was asked for: {listed}; please report this")
+    if program.overflowing:
+        raise EngineError(
+            f"{name}: {len(program.overflowing)} INT8 products store unscaled sums as float16, which overflow; please "
+            "report this"
+        )
+
+
+def _check(source: Bundle, precision: str, batches: tuple[int, ...]) -> None:
+    if "engines" in source.manifest:
+        raise RequestError(f"{source.path}: is compiled already; compile the bundle it was made from")
+    if precision not in PRECISIONS:
+        raise RequestError(
+            f"precision {precision!r}: known are {', '.join(PRECISIONS)}; INT8 and INT4 come from quantize"
+        )
+    if not batches or min(batches) < 1:
+        raise RequestError(f"batches must be at least 1, are {', '.join(map(str, batches)) or 'none'}")
+    if source.manifest.get("quantization", {}).get("activations") == "asymmetric":
+        raise CompatibilityError(
+            f"{source.path}: has asymmetric activations, which only ONNX Runtime runs; quantize without --asymmetric"
+        )
+
+
+def _table(array: np.ndarray[Any, Any]) -> PendingTensor:
+    return PendingTensor(array.dtype, array.shape, lambda: array)
+
+
+_LOGS: dict[str, Any] = {}
+
+
+def _log_of(trt: ModuleType) -> Any:
+    """The library's only logger: the first one it is given is the one it keeps."""
+    if trt.__name__ not in _LOGS:
+
+        class Log(trt.ILogger):  # type: ignore[name-defined,misc]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+                self.lines: deque[str] = deque(maxlen=_LOG_LINES)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                    self.lines.append(message.strip())
+
+        _LOGS[trt.__name__] = Log()
+    return _LOGS[trt.__name__]
+
+
+def _monitor_of(trt: ModuleType) -> Any:
+    """A progress monitor that reports the builder's phases and stops it when interrupted."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined,misc]
+        def __init__(self, what: str, report: Progress) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._what, self._report = what, report
+            self._steps: dict[str, int] = {}
+            self.interrupted = False
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._steps[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            try:
+                self._report(f"compiling {self._what}: {phase_name}", step + 1, self._steps.get(phase_name, 0))
+            except KeyboardInterrupt:
+                self.interrupted = True
+            return not self.interrupted
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._steps.pop(phase_name, None)
+
+    return Monitor

@@ -1,0 +1,260 @@
+"""A GPU as the loop sees it: memory, one stream, kernels, captured graphs. A thin layer over the CUDA driver.
+
+The context is the calling thread's if it has one (PyCUDA's, PyTorch's), else the device's primary one; it is pushed for
+the time of a call, so an engine may be used from any thread, one at a time. Each device object has a stream of its own
+unless it is given one, so two generators in one process do not wait for each other.
+"""
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bar_edge.runtime.engines.cuda.compiler import kernels
+from bar_edge.runtime.errors import EngineError
+
+Address = int
+Argument = Address | np.generic  # an address, or a scalar of exactly the kernel's type
+CudaGraph = Any
+_BLOCKS_PER_SM = 8
+
+
+class Device(Protocol):
+    """What the loop asks of a GPU. Everything is put into one stream, in order; only `download` waits."""
+
+    threads: int  # of a block
+    blocks: int  # most blocks of an elementwise kernel
+
+    def allocate(self, size: int) -> Address:
+        """Zeroed memory. Raises MemoryError."""
+
+    def free(self, address: Address) -> None:
+        """Give memory back."""
+
+    def free_bytes(self) -> int:
+        """Memory that could be allocated."""
+
+    def upload(self, address: Address, array: NDArray[Any]) -> None:
+        """Copy a dense array to the device."""
+
+    def download(self, address: Address, array: NDArray[Any]) -> None:
+        """Fill a dense array from the device, when everything before has run."""
+
+    def copy(self, target: Address, source: Address, size: int) -> None:
+        """Copy on the device."""
+
+    def launch(self, kernel: str, blocks: int, arguments: Sequence[Argument]) -> None:
+        """Run a kernel of `kernels.cu` in blocks of `threads`."""
+
+    def capture(self, work: "Work") -> CudaGraph:
+        """What `work` puts into the stream, as a graph; nothing of it runs yet."""
+
+    def replay(self, graph: CudaGraph) -> None:
+        """Run a captured graph."""
+
+    def current(self) -> Any:
+        """A context manager within which the other methods may be called."""
+
+    def close(self) -> None:
+        """Release what it holds, memory excepted."""
+
+
+class Work(Protocol):
+    """Something that puts work into the stream."""
+
+    def __call__(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class DeviceArray:
+    """Memory of the loop that others may read, through `__cuda_array_interface__`, until its next call."""
+
+    address: Address
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    stream: int
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "shape": self.shape, "typestr": self.dtype.str, "data": (self.address, True), "version": 3,
+            "strides": None, "stream": self.stream,
+        }  # fmt: skip
+
+    def to_pycuda(self) -> Any:
+        """A pycuda.gpuarray.GPUArray on the same memory. Raises EngineError without PyCUDA."""
+        try:
+            gpuarray = import_module("pycuda.gpuarray")
+        except ImportError as error:
+            raise EngineError(f"this needs PyCUDA ({error}); pip install 'bar-edge[pycuda]'") from error
+        return gpuarray.GPUArray(self.shape, self.dtype, gpudata=self.address)
+
+
+def address_of(array: Any, shape: tuple[int, ...], dtype: Any) -> Address:
+    """The address of anybody's dense device array (PyCUDA, PyTorch, CuPy). Raises EngineError if it does not fit."""
+    facts = array.__cuda_array_interface__
+    found = (tuple(facts["shape"]), np.dtype(facts["typestr"]))
+    if found != (shape, np.dtype(dtype)) or facts.get("strides") is not None:
+        raise EngineError(
+            f"a dense device array of {np.dtype(dtype)} {list(shape)} is needed, got {found[1]} {list(found[0])}"
+            f"{' with strides' if facts.get('strides') else ''}"
+        )
+    return int(facts["data"][0])
+
+
+def stream_handle(stream: Any) -> int:
+    """The handle of a stream: an integer, or an object of cuda-core, PyCUDA, PyTorch or CuPy. Raises EngineError."""
+    if isinstance(stream, int):
+        return stream
+    if hasattr(stream, "__cuda_stream__"):
+        return int(stream.__cuda_stream__()[1])
+    for name in ("handle", "cuda_stream", "ptr"):
+        if hasattr(stream, name):
+            return int(getattr(stream, name))
+    raise EngineError(f"{stream!r} is not a CUDA stream")
+
+
+class CudaDevice:
+    """The GPU of the calling thread's context, or the first one."""
+
+    def __init__(self, stream: Any = None) -> None:
+        """Raises EngineError where there is no driver, no GPU, or no compiler for its kernels."""
+        self._driver = driver = load_driver()
+        current = self._call(driver.cuCtxGetCurrent)
+        if int(current):
+            self._context, self._primary = current, None
+        else:
+            self._primary = self._call(driver.cuDeviceGet, 0)
+            self._context = self._call(driver.cuDevicePrimaryCtxRetain, self._primary)
+        self._own_stream = stream is None
+        with self.current():
+            device = self._call(driver.cuCtxGetDevice)
+            self.sm = capability(driver, device)
+            count = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+            self.blocks = _BLOCKS_PER_SM * self._call(driver.cuDeviceGetAttribute, count, device)
+            self.threads = 128
+            flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value
+            self.stream = int(self._call(driver.cuStreamCreate, flags)) if stream is None else stream_handle(stream)
+            self._module = self._call(driver.cuModuleLoadData, kernels(self.sm))
+        self._functions: dict[str, Any] = {}
+        self._graphs: list[Any] = []
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        self._call(self._driver.cuCtxPushCurrent, self._context)
+        try:
+            yield
+        finally:
+            self._call(self._driver.cuCtxPopCurrent)
+
+    def allocate(self, size: int) -> Address:
+        driver = self._driver
+        status, address = driver.cuMemAlloc(size)
+        if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            raise MemoryError(size)
+        self._check(status)
+        self._call(driver.cuMemsetD8Async, address, 0, size, self.stream)
+        return int(address)
+
+    def free(self, address: Address) -> None:
+        self._call(self._driver.cuMemFree, address)
+
+    def free_bytes(self) -> int:
+        return int(self._call(self._driver.cuMemGetInfo)[0])
+
+    def upload(self, address: Address, array: NDArray[Any]) -> None:
+        self._call(self._driver.cuMemcpyHtoDAsync, address, array.ctypes.data, array.nbytes, self.stream)
+
+    def download(self, address: Address, array: NDArray[Any]) -> None:
+        self._call(self._driver.cuMemcpyDtoHAsync, array.ctypes.data, address, array.nbytes, self.stream)
+        self._call(self._driver.cuStreamSynchronize, self.stream)
+
+    def copy(self, target: Address, source: Address, size: int) -> None:
+        self._call(self._driver.cuMemcpyDtoDAsync, target, source, size, self.stream)
+
+    def launch(self, kernel: str, blocks: int, arguments: Sequence[Argument]) -> None:
+        if kernel not in self._functions:
+            self._functions[kernel] = self._call(self._driver.cuModuleGetFunction, self._module, kernel.encode())
+        values = [np.array(a, dtype=np.uint64) if isinstance(a, int) else np.array(a) for a in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
+        size = (blocks, 1, 1, self.threads, 1, 1)
+        self._call(
+            self._driver.cuLaunchKernel, self._functions[kernel], *size, 0, self.stream, ctypes.addressof(pointers), 0
+        )
+
+    def capture(self, work: Work) -> CudaGraph:
+        driver = self._driver
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._call(driver.cuStreamBeginCapture, self.stream, mode)
+        try:
+            work()
+        finally:
+            graph = self._call(driver.cuStreamEndCapture, self.stream)
+        executable = self._call(driver.cuGraphInstantiate, graph, 0)
+        self._call(driver.cuGraphDestroy, graph)
+        self._graphs.append(executable)
+        return executable
+
+    def replay(self, graph: CudaGraph) -> None:
+        self._call(self._driver.cuGraphLaunch, graph, self.stream)
+
+    def close(self) -> None:
+        driver = self._driver
+        with self.current():
+            self._call(driver.cuStreamSynchronize, self.stream)
+            for graph in self._graphs:
+                self._call(driver.cuGraphExecDestroy, graph)
+            self._call(driver.cuModuleUnload, self._module)
+            if self._own_stream:
+                self._call(driver.cuStreamDestroy, self.stream)
+        if self._primary is not None:
+            self._call(driver.cuDevicePrimaryCtxRelease, self._primary)
+
+    def _call(self, function: Any, *arguments: Any) -> Any:
+        """The result of a driver call. Raises EngineError."""
+        status, *values = function(*arguments)
+        self._check(status)
+        return values[0] if len(values) == 1 else values
+
+    def _check(self, status: Any) -> None:
+        if status != self._driver.CUresult.CUDA_SUCCESS:
+            raise EngineError(f"the CUDA driver answered {status.name}")
+
+
+def load_driver() -> ModuleType:
+    """The driver's bindings, initialised. Raises EngineError with what is missing."""
+    try:
+        driver = import_module("cuda.bindings.driver")
+    except ImportError as error:
+        raise EngineError(f"cuda-bindings cannot be imported ({error}); pip install 'bar-edge[cuda]'") from error
+    try:
+        (status,) = driver.cuInit(0)
+    except (RuntimeError, OSError) as error:  # the library itself is missing
+        raise EngineError("no NVIDIA driver (libcuda) on this machine; install the driver of your GPU") from error
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise EngineError(f"the NVIDIA driver does not start ({status.name}); is there a GPU, and may you use it?")
+    return driver
+
+
+def capability(driver: ModuleType, device: Any) -> int:
+    """Compute capability of a device: 87 for 8.7."""
+    attribute = driver.CUdevice_attribute
+    names = ("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR", "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR")
+    (_, major), (_, minor) = (driver.cuDeviceGetAttribute(getattr(attribute, name), device) for name in names)
+    return int(10 * major + minor)
+
+
+def host_sm() -> int | None:
+    """Compute capability of the first GPU of this machine; None if there is none."""
+    try:
+        driver = load_driver()
+    except EngineError:
+        return None
+    status, device = driver.cuDeviceGet(0)
+    return capability(driver, device) if status == driver.CUresult.CUDA_SUCCESS else None

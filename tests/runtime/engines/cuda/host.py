@@ -1,0 +1,111 @@
+"""The CUDA kernels on the CPU: cuda_shim.h makes a shared library of a .cu file, driven here as a GPU would be.
+
+Launches take addresses, as cuLaunchKernel does, so that code which only knows addresses can be tested with it.
+"""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SHIM = Path(__file__).with_name("cuda_shim.h")
+_FLAGS = ("-std=c++20", "-O2", "-ffp-contract=off", "-pthread", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas")
+_OWN_SYMBOLS = ("-Wl,-Bsymbolic", "-fno-gnu-unique")  # the process may hold another function of a kernel's name
+_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+_FUNCTION = re.compile(r"__(global|device)__\b[^{};]*?\b(?!__)(\w+)\s*\([^{};]*\)\s*\{")
+_COOPERATION = re.compile(r"__shared__|__sync|__shfl|__ballot")
+
+Argument = np.ndarray | np.generic | int | None
+
+
+class HostKernels:
+    """The kernels of a library that `build` made."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+
+    def launch(self, name: str, grid: int, block: int, *args: Argument) -> None:
+        """Run a kernel to its end.
+
+        A pointer parameter takes a dense array of its type, an address, or None for null; any other parameter takes a
+        numpy scalar of its type. Raises TypeError where one does not fit.
+        """
+        describe = self._library[f"parameters_{name}"]
+        describe.restype = ctypes.c_char_p
+        codes = describe().decode().split()
+        if len(codes) != len(args):
+            raise TypeError(f"{name} has {len(codes)} parameters, got {len(args)} arguments")
+        values = [
+            _value(code, arg, f"{name}, argument {i}") for i, (code, arg) in enumerate(zip(codes, args, strict=True))
+        ]
+        addresses = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
+        self._library[f"launch_{name}"](ctypes.c_uint(grid), ctypes.c_uint(block), addresses)
+
+
+def build(source: Path, folder: Path, flags: Sequence[str] = ()) -> Path:
+    """Make a shared library of a .cu file: `launch_NAME` and `parameters_NAME` for every kernel NAME.
+
+    Takes seconds. Raises RuntimeError with what g++ says, pytest's Skipped where there is no g++.
+    """
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ here to build the kernels for the CPU")
+    cooperative = _kernels(source.read_text())
+    entries = folder / f"{source.stem}.cpp"
+    entries.write_text(f'#include "{source}"\n' + "".join(_entry(name, flag) for name, flag in cooperative.items()))
+    library = folder / f"{source.stem}.so"
+    command = ["g++", *_FLAGS, *_OWN_SYMBOLS, *flags, "-include", str(SHIM), str(entries), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return library
+
+
+def _kernels(text: str) -> dict[str, bool]:
+    """Every kernel's name, and whether its threads cooperate, itself or through a function it calls."""
+    text = _COMMENT.sub("", text)
+    found = list(_FUNCTION.finditer(text))
+    ends = [match.start() for match in found[1:]] + [len(text)]
+    bodies = {match[2]: text[match.end() : end] for match, end in zip(found, ends, strict=True)}
+    cooperative = {name for name, body in bodies.items() if _COOPERATION.search(body)}
+    while True:
+        callers = {
+            name
+            for name, body in bodies.items()
+            if name not in cooperative and any(re.search(rf"\b{called}\b", body) for called in cooperative)
+        }
+        if not callers:
+            return {match[2]: match[2] in cooperative for match in found if match[1] == "global"}
+        cooperative |= callers
+
+
+def _entry(name: str, cooperative: bool) -> str:
+    flag = str(cooperative).lower()
+    return f"""
+extern "C" void launch_{name}(unsigned grid, unsigned block, void** arguments) {{
+    shim::launch({name}, {flag}, grid, block, arguments);
+}}
+extern "C" const char* parameters_{name}() {{
+    static const std::string all = shim::parameters({name});
+    return all.c_str();
+}}
+"""
+
+
+def _value(code: str, arg: Argument, where: str) -> np.ndarray:
+    """An array holding what the kernel receives: an address or a scalar."""
+    if not code.startswith("*"):
+        if not isinstance(arg, np.generic) or arg.dtype.str[1:] != code:
+            raise TypeError(f"{where}: expected a numpy scalar of type {code}, got {arg!r}")
+        return np.array(arg)
+    if isinstance(arg, np.ndarray):
+        if code[1:] not in ("", arg.dtype.str[1:]) or not arg.flags.c_contiguous:
+            raise TypeError(f"{where}: expected a dense array of type {code[1:]}, got {arg.dtype} {arg.strides}")
+        return np.array(arg.ctypes.data, dtype=np.uint64)
+    if isinstance(arg, np.generic) or not isinstance(arg, int | None):
+        raise TypeError(f"{where}: expected an array, an address or None, got {arg!r}")
+    return np.array(arg or 0, dtype=np.uint64)

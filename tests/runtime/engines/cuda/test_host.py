@@ -1,0 +1,191 @@
+"""The CPU stand-in for CUDA: what it says about kernels is only worth what it can find wrong."""
+
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bar_edge.runtime.engines.cuda.compiler import KERNELS
+
+from .host import HostKernels, build
+
+COOPERATING = """
+__device__ int warp_sum(int value) {
+    for (int mask = 16; mask > 0; mask /= 2) value += __shfl_xor_sync(0xffffffff, value, mask);
+    return value;
+}
+
+extern "C" __global__ void __launch_bounds__(64) sum_warps(const int* values, int* sums) {
+    const int sum = warp_sum(values[threadIdx.x]);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+}
+
+extern "C" __global__ void shuffles(const int* values, int* down, int* first, unsigned* odd) {
+    const int value = values[threadIdx.x];
+    down[threadIdx.x] = __shfl_down_sync(0xffffffff, value, 3);
+    first[threadIdx.x] = __shfl_sync(0xffffffff, value, 0);
+    odd[threadIdx.x] = __ballot_sync(0xffffffff, value % 2);
+}
+
+extern "C" __global__ void reverse(const int* values, int* reversed, int early) {
+    __shared__ int shared[64];
+    shared[threadIdx.x] = values[blockIdx.x * blockDim.x + threadIdx.x];
+    __syncthreads();
+    if (threadIdx.x < early) return;  // leaves the others one barrier to pass without it
+    __syncthreads();
+    reversed[blockIdx.x * blockDim.x + threadIdx.x] = shared[blockDim.x - 1 - threadIdx.x];
+}
+
+extern "C" __global__ void racing_reverse(const int* values, int* reversed, int) {
+    __shared__ int shared[64];
+    shared[threadIdx.x] = values[threadIdx.x];
+    reversed[threadIdx.x] = shared[blockDim.x - 1 - threadIdx.x];
+}
+"""
+PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from pathlib import Path
+from host import HostKernels
+
+kernels = HostKernels(Path(sys.argv[2]))
+"""
+SAMPLE = """
+for k, block in ((10, 10), (64, 64), (64, 7), (256, 64)):
+    rng = np.random.default_rng(k)
+    logits, u_bits, u_confidence = (rng.random(s, np.float32) for s in ((4, k, 2), (2, 3, 2, k, 2), (2, 3, 2, k)))
+    guidance, temperature = np.ones(2, np.float32), np.ones(3, np.float32)
+    remask_count = np.array([k - 3, 2, 0], dtype=np.int32)
+    known, bits, tokens = (np.zeros(s, np.uint8) for s in ((2, k), (2, k), (2, 2, k)))
+    for head_pass in range(3):
+        sizes = [np.int32(size) for size in (head_pass, 3, 2, 2, k, 1)]
+        state = (known, bits, tokens, np.ones(1, np.int32))
+        inputs = (logits, u_bits, u_confidence, guidance, temperature, remask_count)
+        kernels.launch("sample_pass", 2, block, *inputs, *state, *sizes)
+"""
+REVERSE = """
+kernels.launch(sys.argv[3], 1, 64, np.arange(64, dtype=np.int32), np.zeros(64, dtype=np.int32), np.int32(3))
+"""
+RACE_FOUND = 66
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cooperating") / "cooperating.cu"
+    path.write_text(COOPERATING)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cooperating(source: Path) -> HostKernels:
+    return HostKernels(build(source, source.parent))
+
+
+def test_a_warp_sums_through_shuffles_in_a_called_function(cooperating):
+    values, sums = np.arange(64, dtype=np.int32) ** 2, np.zeros(2, dtype=np.int32)
+    cooperating.launch("sum_warps", 1, 64, values, sums)
+    assert sums.tolist() == values.reshape(2, 32).sum(axis=1).tolist()
+
+
+@pytest.mark.parametrize("threads", [32, 40])
+def test_shuffles_stay_within_their_warp(cooperating, threads):
+    values = np.random.default_rng(0).integers(0, 100, threads, dtype=np.int32)
+    down, first = np.zeros((2, threads), dtype=np.int32)
+    odd = np.zeros(threads, dtype=np.uint32)
+    cooperating.launch("shuffles", 1, threads, values, down, first, odd)
+    for begin in range(0, threads, 32):
+        warp = slice(begin, min(begin + 32, threads))
+        own = values[warp]
+        assert down[warp].tolist() == [*own[3:], *own[-3:]]
+        assert set(first[warp]) == {own[0]}
+        assert set(odd[warp]) == {sum(int(value) % 2 << lane for lane, value in enumerate(own))}
+
+
+@pytest.mark.parametrize("early", [0, 5])
+def test_blocks_run_in_turn_and_barriers_do_not_wait_for_who_returned(cooperating, early):
+    values, found = np.arange(4 * 40, dtype=np.int32), np.full(4 * 40, -1, dtype=np.int32)
+    cooperating.launch("reverse", 4, 40, values, found, np.int32(early))
+    expected = values.reshape(4, 40)[:, ::-1].copy()
+    expected[:, :early] = -1
+    np.testing.assert_array_equal(found.reshape(4, 40), expected)
+
+
+def test_addresses_stand_for_arrays(host):
+    n = np.array([6], dtype=np.int32)
+    host.launch("advance", 1, 1, n.ctypes.data)
+    assert n.tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "advance has 1 parameters, got 0"),
+        ((np.zeros(1, dtype=np.int64),), "expected a dense array of type i4, got int64"),
+        ((np.zeros(4, dtype=np.int32)[::2],), "expected a dense array"),
+        ((np.int32(3),), "expected an array, an address or None"),
+        ((1.5,), "expected an array, an address or None"),
+    ],
+)
+def test_an_argument_that_does_not_fit_is_refused(host, args, message):
+    with pytest.raises(TypeError, match=message):
+        host.launch("advance", 1, 1, *args)
+
+
+@pytest.mark.parametrize("size", [8, np.int64(8), np.float32(8), np.zeros(1, dtype=np.int32)])
+def test_a_scalar_must_have_the_type_of_its_parameter(host, size):
+    arrays = [np.zeros(8, dtype=dtype) for dtype in (np.uint8, np.int32, np.float32)]
+    with pytest.raises(TypeError, match="argument 3: expected a numpy scalar of type i4"):
+        host.launch("to_cells", 1, 1, *arrays, size, *[np.int32(1)] * 3)
+
+
+def test_a_source_that_does_not_compile_says_why(tmp_path):
+    broken = tmp_path / "broken.cu"
+    broken.write_text('extern "C" __global__ void broken(int* n) { *n = missing; }')
+    with pytest.raises(RuntimeError, match="missing"):
+        build(broken, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def thread_sanitizer(source: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Run a program on a source's kernels, finding data races. Skips where ThreadSanitizer does not work."""
+    folder = tmp_path_factory.mktemp("thread_sanitizer")
+
+    @cache
+    def library(source: Path) -> Path:
+        return build(source, folder, ["-fsanitize=thread"])
+
+    def run(program: str, source: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        found = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True)
+        settings = {"LD_PRELOAD": found.stdout.strip(), "TSAN_OPTIONS": f"exitcode={RACE_FOUND}"}
+        folders = [str(Path(__file__).parent), str(library(source))]
+        command = [sys.executable, "-c", PROGRAM + program, *folders, *arguments]
+        return subprocess.run(
+            command, env=os.environ | settings, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    try:
+        done = run("", source)
+    except RuntimeError as error:
+        pytest.skip(f"g++ has no ThreadSanitizer here: {error}")
+    if done.returncode:
+        pytest.skip(f"ThreadSanitizer does not run here: {done.stderr.strip()}")
+    return run
+
+
+def test_the_threads_of_sample_pass_do_not_race(thread_sanitizer):
+    done = thread_sanitizer(SAMPLE, KERNELS)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_missing_barrier_is_found(thread_sanitizer, source):
+    """The test above can fail."""
+    done = thread_sanitizer(REVERSE, source, "reverse")
+    assert done.returncode == 0, done.stderr
+    done = thread_sanitizer(REVERSE, source, "racing_reverse")
+    assert done.returncode == RACE_FOUND
+    assert "data race" in done.stderr
