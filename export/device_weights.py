@@ -19,6 +19,7 @@ FLOATS: dict[int, Any] = {
     TensorProto.FLOAT16: np.dtype(np.float16),
     TensorProto.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
 }
+_SMALLEST = np.float32(2.0**-24)  # that float16 has: TensorRT takes no scale of zero
 _SIGN = {8: np.uint8(0x80), 4: np.uint8(0x88)}  # turns values whose zero is in the middle of the range into signed ones
 
 
@@ -39,11 +40,14 @@ def device_weights(
         elif part.startswith("weight_blocks") and precision in BITS:
             made[f"{layer}.weight"] = _signed(array, BITS[precision])
         elif part == "block_scale" and precision in BITS:
-            # 8-bit rows have one scale, which is repeated for every block
-            scale, target = (array, name) if BITS[precision] == 4 else (array[:, 0], f"{layer}.weight_scale")
-            made[target] = _in_type(name, scale, scale.shape, data_type)
+            if BITS[precision] == 8:  # rows have one scale, which is repeated for every block
+                made[f"{layer}.weight_scale"] = _as_is(array[:, 0])
+            else:
+                # a row of a single block is dequantized to memory at every call; as two blocks it is read as it is
+                scale = np.repeat(array, 2, axis=1) if array.shape[1] == 1 else array
+                made[name] = _in_type(name, np.maximum(scale, _SMALLEST), scale.shape, data_type)
         elif not part.startswith("zero_points"):
-            made[name] = PendingTensor(array.dtype, array.shape, lambda array=array: array)  # type: ignore[misc]
+            made[name] = _as_is(array)
     return made
 
 
@@ -54,6 +58,10 @@ def write(folder: Path, pending: Mapping[str, PendingTensor]) -> dict[str, Store
         for _ in weights.write(file, header, places, pending):
             pass
     return places
+
+
+def _as_is(array: NDArray[Any]) -> PendingTensor:
+    return PendingTensor(array.dtype, array.shape, lambda: array)
 
 
 def _in_type(name: str, array: NDArray[Any], shape: tuple[int, ...], data_type: int) -> PendingTensor:

@@ -16,8 +16,8 @@ ONNX Runtime would find its integer product behind Q/DQ by itself, but only if n
 Add become a Gemm that has no integer kernel, and nothing is said), and signed activations have no fast kernel on x86.
 So its form names the operator and shifts activations to uint8 with zero point 128: the same numbers.
 
-For a GPU (`GraphBuilder.device`) the same layers are read from the file that `export/compile.py` makes: weights in the
-device's type, weight-only values signed, because TensorRT knows no zero points. x comes and goes in fp32; the product
+For a GPU (`GraphBuilder.device`) the same layers are read from the file that `export/device_weights.py` describes:
+weights in the device's type, weight-only values signed, because TensorRT knows no zero points. x comes and goes in fp32; the product
 is named `{layer}.product`, by which the compiled plan is read back. Static INT8 keeps fp32 scales and a fp32 sum: with
 fp16 scales TensorRT-RTX stores unscaled sums as fp16, which overflow.
 """
@@ -77,7 +77,7 @@ def _on_device(g: GraphBuilder, x: str, layer: str, bias: str, precision: str, n
     stored = f"{layer}.weight"
     out, in_features = g.shape_of(stored)
     if precision == INT8_WEIGHT:
-        weight = g.op("DequantizeLinear", g.weight(stored), g.weight(f"{layer}.weight_scale"), axis=0)
+        weight = g.to_device(g.op("DequantizeLinear", g.weight(stored), g.weight(f"{layer}.weight_scale"), axis=0))
     elif precision == INT4_WEIGHT:
         scale = f"{layer}.block_scale"
         in_features *= 2  # two values a byte

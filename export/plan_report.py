@@ -23,7 +23,7 @@ _INPUTS = re.compile(rb"\binput(?:_args)?=\{([^}]*)\}")
 _OUTPUTS = re.compile(rb"\boutput(?:_args)?=\{([^}]*)\}")
 _LAYER = re.compile(rb"\[ONNX Layer: ([^\]]+)\]")
 _QUOTED = re.compile(rb'"([^"]+)"')
-_FLOATS = {"float": FP32, "half": FP16, "bfloat16": BF16}
+_FLOATS = {"float": FP32, "half": FP16, "bf16": BF16}
 _WEIGHT_ONLY = {"int8": INT8_WEIGHT, "int4": INT4_WEIGHT}
 
 
@@ -45,13 +45,16 @@ class Program:
 
     @property
     def products(self) -> dict[str, str]:
-        """What every linear layer is computed in: fp32, fp16, bf16, int8, int8-weight, int4-weight."""
-        return {
-            layer.removesuffix(PRODUCT): _executed(kernel)
-            for kernel in self.kernels
-            for layer in kernel.layers
-            if layer.endswith(PRODUCT)
-        }
+        """What every linear layer is computed in: fp32, fp16, bf16, int8, int8-weight, int4-weight.
+
+        The first kernel that a product is named in computes it; later ones scale what it gave.
+        """
+        found: dict[str, str] = {}
+        for kernel in self.kernels:
+            for layer in kernel.layers:
+                if layer.endswith(PRODUCT):
+                    found.setdefault(layer.removesuffix(PRODUCT), _executed(kernel))
+        return found
 
     @property
     def overflowing(self) -> list[str]:
