@@ -27,7 +27,7 @@ from bar_edge.calibration.quantize import Choice, choose, quantizable, stored
 from bar_edge.calibration.trajectories import Calibration, make_batch
 from bar_edge.export.builder import GraphBuilder
 from bar_edge.export.graphs import build_graphs, decode_graph, modulation_graph, step_graph
-from bar_edge.export.linear import BITS, FP32, INT8
+from bar_edge.export.linear import BITS, FP16, FP32, INT8
 from bar_edge.runtime import weights
 from bar_edge.runtime.bundle import SELFTEST, Bundle, publish, write_manifest
 from bar_edge.runtime.engines.onnxruntime import Step, cpu_count, load_session
@@ -61,6 +61,8 @@ class Timing:
         """For people."""
         ratio = self.fp32 / self.quantized
         outcome = "kept" if self.kept else "not faster enough, kept fp32"
+        if self.graph == "prefix":
+            outcome = "goes with the trunk, whose layers it shares"
         measured = f"{self.quantized * 1e3:.1f} ms against {self.fp32 * 1e3:.1f} ms"
         return f"{self.graph}: {ratio:.2f} x fp32 ({measured}), {outcome}"
 
@@ -74,6 +76,7 @@ def quantize_bundle(
     observer: str = "mse",
     asymmetric: bool = False,
     keep_fp32: tuple[str, ...] = (),
+    keep_fp16: tuple[str, ...] = (),
     budget: float | None = None,
     measure: bool = True,
     force: bool = False,
@@ -88,6 +91,7 @@ def quantize_bundle(
         asymmetric: give static activations a zero point. A little closer to fp32, most where they are positive (after
             SiLU and GELU); TensorRT refuses such graphs.
         keep_fp32: linear layers to leave alone.
+        keep_fp16: linear layers whose weights are stored as float16; ONNX Runtime computes them in fp32.
         budget: the fraction of decisions that may flip, teacher-forced on held-out trajectories; the most harmful
             layers of trunk and head stay fp32 until it holds.
         measure: keep a graph's fp32 form where it is not slower on this machine; off, everything is quantized.
@@ -95,7 +99,7 @@ def quantize_bundle(
     Raises CalibrationError for settings that do not fit, EngineError if a graph is not what was asked for.
     """
     report = progress or (lambda what, done, total: None)
-    check_settings(source, precision=precision, observer=observer, keep_fp32=keep_fp32, budget=budget)
+    check_settings(source, precision=precision, observer=observer, keep=(*keep_fp32, *keep_fp16), budget=budget)
     calibration.check_bundle(source)
     spec = source.spec
     tensors = weights.open_weights(source.path)
@@ -106,7 +110,7 @@ def quantize_bundle(
         layer: INT8 if graph in MANY_ROWS else precision
         for graph, group in layers.items()
         for layer in group
-        if layer not in keep_fp32 and quantizable(*places[f"{layer}.weight"].shape)
+        if layer not in (*keep_fp32, *keep_fp16) and quantizable(*places[f"{layer}.weight"].shape)
     }
     choices: dict[str, Choice] = {}
     for i, (layer, kind) in enumerate(wanted.items()):
@@ -125,12 +129,14 @@ def quantize_bundle(
     for layer, choice in choices.items():
         if choice.factors is not None:
             smoothing.apply(smoothed, layer, choice.factors)
-    held = {**smoothed, **_quantized(smoothed, choices, calibration, report)}
+    halves = {f"{layer}.weight_fp16": smoothed[f"{layer}.weight"].astype(np.float16) for layer in keep_fp16}
+    held = {**smoothed, **_quantized(smoothed, choices, calibration, report), **halves}
     with publish(output, 2 * sum(array.nbytes for array in held.values()) + _GRAPH_BYTES, force=force) as folder:
         scratch = folder / "scratch"
         scratch.mkdir()
         places_both = write_weights(scratch, held, report)
-        timings = _measure(_Bench(source, scratch, places_both, threads), layers, wanted, report) if measure else []
+        bench = _Bench(source, scratch, places_both, threads)
+        timings = _measure(bench, layers, wanted, spec.num_tokens, report) if measure else []
         slow = {timing.graph for timing in timings if not timing.kept}
         final = {
             layer: wanted[layer]
@@ -160,6 +166,7 @@ def quantize_bundle(
                 sensitivity.plot(searched, folder / SENSITIVITY_PLOT)
         if not final:
             raise CalibrationError(f"a budget of {budget:.2%} flips leaves nothing quantized, so no bundle was written")
+        final |= dict.fromkeys(keep_fp16, FP16)
         shutil.rmtree(scratch)
         unused = {f"{layer}.weight" for layer in final}
         unused |= {f"{layer}.{part}" for layer in set(wanted) - set(final) for part in _parts(wanted[layer])}
@@ -203,7 +210,7 @@ def quantize_bundle(
 
 
 def check_settings(
-    source: Bundle, *, precision: str, observer: str, keep_fp32: tuple[str, ...], budget: float | None
+    source: Bundle, *, precision: str, observer: str, keep: tuple[str, ...], budget: float | None
 ) -> None:
     """Raise CalibrationError for settings that do not fit `source`; long work asks before it begins."""
     if precision not in PRECISIONS or observer not in OBSERVERS:
@@ -217,7 +224,7 @@ def check_settings(
         raise CalibrationError(f"{source.path}: is quantized already; quantize the fp32 bundle it was made from")
     layers = linear_layers(source.spec, weights.read_places(source.path / weights.FILE_NAME))
     known = {layer for group in layers.values() for layer in group}
-    if unknown := sorted(set(keep_fp32) - known):
+    if unknown := sorted(set(keep) - known):
         raise CalibrationError(f"unknown layers {', '.join(unknown)}; `bar-edge inspect` lists the layers of a bundle")
 
 
@@ -251,6 +258,8 @@ def read_precisions(model: onnx.ModelProto, layers: list[str]) -> dict[str, str]
                     found[layer] = INT8
                 elif node.op_type == "MatMulNBits" and kind.startswith("weight_blocks"):
                     found[layer] = {8: "int8-weight", 4: "int4-weight"}[int(kind.removeprefix("weight_blocks"))]
+                elif kind == "weight_fp16":
+                    found[layer] = FP16
                 elif kind == "weight":
                     found.setdefault(layer, FP32)
 
@@ -307,17 +316,27 @@ def _quantized(
 
 
 def _measure(
-    bench: "_Bench", layers: Mapping[str, list[str]], wanted: Mapping[str, str], report: Progress
+    bench: "_Bench", layers: Mapping[str, list[str]], wanted: Mapping[str, str], tokens: int, report: Progress
 ) -> list[Timing]:
-    """Time every graph in fp32 and quantized; trunk and head are parts of one graph, timed by what they add to it."""
-    timings = []
-    for i, (part, graph) in enumerate((("modulation",) * 2, ("decode",) * 2, ("trunk", "step"), ("head", "step"))):
-        report("measuring graphs", i, len(layers))
-        quantized = {layer: wanted[layer] for layer in layers[part] if layer in wanted}
-        if not quantized:
-            continue
-        fp32, ours = bench.seconds(graph, {}, quantized)
+    """Time every graph in fp32 and quantized; what is kept is what makes an image faster.
+
+    Trunk and head are parts of one graph, timed by what their layers change in it. The prefix runs the trunk's layers
+    over many positions at once, and shares their fate.
+    """
+
+    def timed(part: str, graph: str) -> tuple[float, float]:
+        report("measuring graphs", len(timings), len(layers) + 1)
+        return bench.seconds(graph, {}, {layer: wanted[layer] for layer in layers[part] if layer in wanted})
+
+    timings: list[Timing] = []
+    for part in filter(lambda part: any(layer in wanted for layer in layers[part]), ("modulation", "decode", "head")):
+        fp32, ours = timed(part, "step" if part == "head" else part)
         timings.append(Timing(part, fp32, ours, kept=fp32 / ours >= _FASTER))
+    if any(layer in wanted for layer in layers["trunk"]):
+        prefix, step = timed("trunk", "prefix"), timed("trunk", "step")
+        of_image = [once + tokens * each for once, each in zip(prefix, step, strict=True)]
+        kept = of_image[0] / of_image[1] >= _FASTER
+        timings += [Timing("prefix", *prefix, kept), Timing("trunk", *step, kept)]
     return timings
 
 
@@ -371,7 +390,7 @@ class _Bench:
         import onnxruntime as ort
 
         spec, recipe = self._source.spec, self._source.recipe
-        build = {"modulation": modulation_graph, "decode": decode_graph, "step": step_graph}[graph]
+        build = {"modulation": modulation_graph, "decode": decode_graph}.get(graph, step_graph)
         model = build(GraphBuilder(self._places, precisions, onnxruntime=True), spec).SerializeToString()
         session = load_session(ort, model, self._threads or cpu_count(), self._folder)
         if graph == "modulation":
@@ -380,7 +399,12 @@ class _Bench:
         if graph == "decode":
             bits = np.zeros((1, spec.image_seq_len, spec.token_size), dtype=np.float32)
             return lambda: session.run(None, {"bits": bits})
-        step = Step(ort, session, spec, 2 if recipe.guidance > 1 else 1, 1, len(recipe.allocation), 1)
+        rows = 2 if recipe.guidance > 1 else 1
+        if graph == "prefix":
+            prefix = Step(ort, session, spec, rows, rows, 1, spec.prefix_length - 1)
+            prefix.set_filled(spec.prefix_length - 1)
+            return prefix.run
+        step = Step(ort, session, spec, rows, 1, len(recipe.allocation), 1)
         step.temperature[:, 0] = 1
         step.remask_count[:, 0] = Schedule.of(recipe, spec.bits_per_token).remask_count
         step.set_filled(spec.prefix_length + spec.num_tokens // 2)

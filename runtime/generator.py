@@ -47,13 +47,17 @@ class Drawn:
 class Generator:
     """Draws images from a bundle. Usable from several threads: calls are carried out one after the other."""
 
-    def __init__(self, bundle: Bundle | Path | str, *, engine: str = "auto", threads: int = 0) -> None:
+    def __init__(
+        self, bundle: Bundle | Path | str, *, engine: str = "auto", threads: int = 0, stream: Any = None
+    ) -> None:
         """Verify the bundle and start an engine.
 
         Args:
             bundle: a bundle folder, or one already opened.
             engine: `auto` or a name; a named engine that cannot run is an error, never replaced.
-            threads: 0 for all cores.
+            threads: 0 for all cores; CPU engines.
+            stream: a CUDA stream to work in (a handle, or an object of cuda-core, PyCUDA, PyTorch, CuPy); GPU engines.
+                The context is the calling thread's, if it has one.
 
         Raises: BundleError, CompatibilityError, EngineError, RequestError.
         """
@@ -62,7 +66,7 @@ class Generator:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         name, self.engine_reason = engines.choose(engine, self.bundle)
         self.spec = self.bundle.spec
-        self._engine: engines.Engine | None = engines.start(name, self.bundle, threads)
+        self._engine: engines.Engine | None = engines.start(name, self.bundle, threads, stream)
         self.engine_name = name
         self._lock = threading.Lock()
 

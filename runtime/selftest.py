@@ -2,6 +2,9 @@
 
 Contents (no pickles): seed, class_id, bits packed, latent [W] of the last token's conditional row, image [H, W, 3]
 uint8. The sampling settings are the bundle's recipe in raster order.
+
+The engine that recorded it must draw the same bits. A compiled engine rounds otherwise, and one decision that falls the
+other way changes every token after it; so it is led along the recorded bits, and each of its decisions counts alone.
 """
 
 import io
@@ -19,8 +22,21 @@ from bar_edge.runtime.noise import SeededNoise
 from bar_edge.runtime.sampling import to_uint8
 from bar_edge.runtime.spec import ModelSpec
 
-PIXEL_TOLERANCE = 1  # levels: truncation to uint8 may fall either way
-LATENT_TOLERANCE = 1e-3  # of the largest value, fp32
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What may differ from the record."""
+
+    decisions: float  # fraction of bits
+    latent: float  # of the largest value
+    pixels: int  # levels, decoding the recorded bits: truncation to uint8 may fall either way
+
+
+_RECORDER = "onnxruntime"
+_SAME = Tolerance(0, 1e-3, 1)
+# The demo's graphs for a GPU, executed on the CPU, flip 0.2 % of decisions and differ by 1.6e-2 in latents and 2 levels
+# where the record was made with activations rounded otherwise (int8, weight-only); in fp16 alone by 0, 3e-4 and 1.
+_COMPILED = Tolerance(0.01, 3e-2, 3)
 
 
 @dataclass(frozen=True)
@@ -92,8 +108,11 @@ def run(generator: Generator) -> SelfTest:
     """Draw and decode the recorded image on the generator's engine and compare."""
     spec = generator.spec
     record = Record.load(generator.bundle.path / SELFTEST, spec)
+    same = generator.engine_name == _RECORDER
+    tolerance = _SAME if same else _COMPILED
     noise = SeededNoise(record.seed, [record.image_index])
-    bits = generator.sample(np.array([record.class_id]), generator.bundle.recipe, noise)[0]
+    history = None if same else record.bits[None]
+    bits = generator.sample(np.array([record.class_id]), generator.bundle.recipe, noise, history=history)[0]
     latent = generator.last_latents()[0]
     pixels = to_uint8(generator.decode_raw(record.bits[None]))[0]
     pixel_error = int(np.abs(pixels.astype(int) - record.image).max())
@@ -101,13 +120,14 @@ def run(generator: Generator) -> SelfTest:
     wrong = bits != record.bits
     first = int(np.flatnonzero(wrong.any(axis=1))[0]) if wrong.any() else None
     failures = []
-    if first is not None:
+    if wrong.mean() > tolerance.decisions:
         failures.append(f"{int(wrong.sum())} of {wrong.size} bits differ, the first in grid cell {first}")
-    if not latent_error <= LATENT_TOLERANCE:  # NaN fails
-        failures.append(f"latents differ by {latent_error:.1e} of their size, {LATENT_TOLERANCE:.0e} is allowed")
-    if pixel_error > PIXEL_TOLERANCE:
-        failures.append(f"pixels differ by {pixel_error} levels, {PIXEL_TOLERANCE} is allowed")
-    sentence = "; ".join(failures) or f"all {wrong.size} bits equal, pixels within {pixel_error} level"
+    if not latent_error <= tolerance.latent:  # NaN fails
+        failures.append(f"latents differ by {latent_error:.1e} of their size, {tolerance.latent:.0e} is allowed")
+    if pixel_error > tolerance.pixels:
+        failures.append(f"pixels differ by {pixel_error} levels, {tolerance.pixels} is allowed")
+    equal = f"{wrong.size - int(wrong.sum())} of {wrong.size}" if wrong.any() else f"all {wrong.size}"
+    sentence = "; ".join(failures) or f"{equal} bits equal, pixels within {pixel_error} level"
     return SelfTest(
         generator.engine_name, not failures, int(wrong.sum()), wrong.size, first, latent_error, pixel_error, sentence
     )

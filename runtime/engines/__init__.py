@@ -6,7 +6,7 @@ An engine never stands in for another: if it cannot run, it says why (`EngineErr
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,7 +110,7 @@ def choose(name: str, bundle: Bundle) -> tuple[str, str]:
     raise EngineError(f"engine {name!r} cannot run here ({reasons})")
 
 
-def start(name: str, bundle: Bundle, threads: int) -> Engine:
-    """Start the engine of that (resolved) name on a verified bundle."""
-    engine: Engine = import_module(_MODULES[name]).start(bundle, threads)
+def start(name: str, bundle: Bundle, threads: int, stream: Any = None) -> Engine:
+    """Start the engine of that (resolved) name on a verified bundle; `stream` as `Generator` takes it."""
+    engine: Engine = import_module(_MODULES[name]).start(bundle, threads, stream)
     return engine

@@ -51,8 +51,10 @@ def status() -> tuple[bool, str]:
     return True, f"onnxruntime {ort.__version__} on the CPU, {cpu_count()} cores{int8}"
 
 
-def start(bundle: Bundle, threads: int) -> "OnnxRuntimeEngine":
+def start(bundle: Bundle, threads: int, stream: Any = None) -> "OnnxRuntimeEngine":
     """An engine on a verified bundle. `threads` 0 means all cores. Raises EngineError, CompatibilityError."""
+    if stream is not None:
+        raise EngineError("a CUDA stream was given, and onnxruntime runs on the CPU; leave it out")
     static = {layer["precision"] for layer in bundle.manifest.get("quantization", {}).get("layers", {}).values()}
     if "int8" in static and not exact_int8_products():
         raise CompatibilityError(

@@ -157,6 +157,23 @@ def test_layers_to_keep_stay_fp32_and_nothing_else_does(small, quantize):
         assert selftest.run(runtime).passed
 
 
+def test_a_slow_prefix_outweighs_a_faster_trunk(small, quantize, timed):
+    """They share their layers: what counts is the image, one prefix and 16 tokens."""
+    timed({"modulation": 2.0, "trunk": 1.2, "prefix": 0.1, "head": 2.0, "decode": 2.0})
+    layers = layers_of(quantize(measure=True))
+    assert {layers[layer] for layer in groups_of(small.bundle)["trunk"]} == {"fp32"}
+
+
+def test_a_layer_can_be_stored_as_float16(small, quantize):
+    keep = ("blocks.1.mlp.w3", "decoder.transformer.0.attn.qkv")
+    plain, bundle = layers_of(small.quantized("int8-weight")), quantize(precision="int8-weight", keep_fp16=keep)
+    assert layers_of(bundle) == {layer: "fp16" if layer in keep else kind for layer, kind in plain.items()}
+    for layer in keep:
+        assert parts_of(bundle, layer) == {"weight_fp16"}
+    with Generator(bundle, threads=1) as runtime:
+        assert selftest.run(runtime).passed
+
+
 def test_asymmetric_activations_serve_what_is_mostly_positive(small, quantize):
     bundle = quantize(asymmetric=True)
     found, plain = (b.manifest["quantization"] for b in (bundle, small.quantized("int8")))
@@ -175,7 +192,7 @@ def test_asymmetric_activations_serve_what_is_mostly_positive(small, quantize):
 
 
 def test_each_graph_keeps_what_is_faster(small, quantize, timed):
-    timed({"modulation": 0.9, "trunk": 3.0, "head": 1.04, "decode": 1.5})
+    timed({"modulation": 0.9, "trunk": 3.0, "prefix": 0.5, "head": 1.04, "decode": 1.5})
     bundle = quantize(precision="int8-weight", measure=True)
     groups, layers = groups_of(small.bundle), layers_of(bundle)
     plain = layers_of(small.quantized("int8-weight"))
@@ -186,14 +203,15 @@ def test_each_graph_keeps_what_is_faster(small, quantize, timed):
         }, graph
         assert all(parts_of(bundle, layer) == STORED[layers[layer]] for layer in group)
     sentences = dict(sentence.split(": ", 1) for sentence in bundle.manifest["quantization"]["timings"])
-    assert sentences.keys() == groups.keys()
+    assert sentences.keys() == {*groups, "prefix"}
+    assert sentences["prefix"].startswith("0.50 x fp32") and "goes with the trunk" in sentences["prefix"]
     assert sentences["trunk"].startswith("3.00 x fp32 (333.3 ms against 1000.0 ms), kept")
     assert all(sentences[graph].endswith("kept fp32") for graph in ("modulation", "head"))
     assert bundle.manifest["graphs"]["modulation"]["precision"] == "fp32 x2"
 
 
 def test_nothing_is_published_when_nothing_is_faster(quantize, timed, tmp_path):
-    timed(dict.fromkeys(("modulation", "trunk", "head", "decode"), 0.8))
+    timed(dict.fromkeys(("modulation", "trunk", "prefix", "head", "decode"), 0.8))
     with pytest.raises(CalibrationError, match="nothing is faster quantized on this machine, so no bundle was written"):
         quantize(measure=True)
     assert list(tmp_path.iterdir()) == []
@@ -201,7 +219,7 @@ def test_nothing_is_published_when_nothing_is_faster(quantize, timed, tmp_path):
 
 def test_a_graph_without_a_layer_to_quantize_is_not_timed(patch1, tmp_path, timed):
     """This model's head is too narrow: nothing of it can be faster or slower."""
-    timed({"modulation": 2.0, "trunk": 2.0, "decode": 2.0})
+    timed({"modulation": 2.0, "trunk": 2.0, "prefix": 2.0, "decode": 2.0})
     bundle = quantize_bundle(
         patch1.bundle, patch1.calibration, tmp_path / "quantized", precision="int8", threads=1
     )  # fmt: skip
@@ -239,7 +257,7 @@ def test_a_budget_that_holds_keeps_nothing(quantize):
 
 def test_a_budget_that_leaves_nothing_quantized_is_no_quantized_bundle(quantize, timed, tmp_path):
     """Asking for integers and getting a bundle without any is a failure."""
-    timed({"modulation": 0.5, "trunk": 2.0, "head": 2.0, "decode": 0.5})
+    timed({"modulation": 0.5, "trunk": 2.0, "prefix": 2.0, "head": 2.0, "decode": 0.5})
     with pytest.raises(CalibrationError):
         quantize(precision="int4-weight", measure=True, budget=0.0)
     assert list(tmp_path.iterdir()) == []

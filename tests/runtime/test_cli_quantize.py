@@ -70,7 +70,7 @@ def test_quantize_measures_unless_told_otherwise(small, saved, tmp_path):
         assert "nothing is faster quantized" in str(done.exception)
     else:
         timings = Bundle.open(tmp_path / "q").manifest["quantization"]["timings"]
-        assert len(timings) == 4 and all(sentence in done.stdout for sentence in timings)
+        assert len(timings) == 5 and all(sentence in done.stdout for sentence in timings)
 
 
 def test_a_calibration_is_written_and_used_again(small, tmp_path, monkeypatch, request):

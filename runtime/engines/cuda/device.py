@@ -100,10 +100,11 @@ def address_of(array: Any, shape: tuple[int, ...], dtype: Any) -> Address:
     """The address of anybody's dense device array (PyCUDA, PyTorch, CuPy). Raises EngineError if it does not fit."""
     facts = array.__cuda_array_interface__
     found = (tuple(facts["shape"]), np.dtype(facts["typestr"]))
-    if found != (shape, np.dtype(dtype)) or facts.get("strides") is not None:
+    dense = facts.get("strides") in (None, np.empty(shape, dtype).strides)  # PyCUDA states them always
+    if found != (shape, np.dtype(dtype)) or not dense:
         raise EngineError(
             f"a dense device array of {np.dtype(dtype)} {list(shape)} is needed, got {found[1]} {list(found[0])}"
-            f"{' with strides' if facts.get('strides') else ''}"
+            f"{'' if dense else ' with strides'}"
         )
     return int(facts["data"][0])
 

@@ -90,7 +90,8 @@ class Loop:
         self._captured: dict[int, CudaGraph] = {}  # by images of a batch: the rows stay, what they mean changes
         self._images = self._profile.rows  # of the last batch, copies included
         sizes = buffer_sizes(spec, self._profile, itemsize=graphs.itemsize, in_place=graphs.in_place)
-        self.bytes = sum(sizes.values()) + sum(tables[name].nbytes for name in TABLES)
+        self._table_bytes = sum(tables[name].nbytes for name in TABLES)
+        self.bytes = sum(sizes.values()) + self._table_bytes
         self._at: dict[str, Address] = {}
         with device.current():
             try:
@@ -100,10 +101,9 @@ class Loop:
                     self._at[name] = device.allocate(tables[name].nbytes)
                     device.upload(self._at[name], np.ascontiguousarray(tables[name]))
             except MemoryError as error:
-                free = device.free_bytes()
                 for address in filter(None, self._at.values()):
                     device.free(address)
-                raise EngineError(self._too_large(free)) from error
+                raise EngineError(self._too_large(device.free_bytes())) from error
 
     def capacity(self, recipe: Recipe) -> int:
         """Images that fit in one batch."""
@@ -402,7 +402,7 @@ class Loop:
         for rows in range(self._profile.rows - 1, 0, -1):
             smaller = Profile.of(rows, guided=False, passes=self._profile.passes)
             sizes = buffer_sizes(self._spec, smaller, itemsize=self._graphs.itemsize, in_place=self._graphs.in_place)
-            if sum(sizes.values()) <= free:
+            if sum(sizes.values()) + self._table_bytes <= free:
                 fits = rows
                 break
         remedy = f"compile with --batch {fits // 2 or 1}" if fits else "free some memory, or use a smaller model"
