@@ -7,8 +7,9 @@ bundle it was made from, and without onnx.
 """
 
 import hashlib
+import json
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +28,9 @@ from bar_edge.export.targets import Target, resolve
 from bar_edge.export.tensorrt_graphs import build_tensorrt_graphs
 from bar_edge.runtime import weights
 from bar_edge.runtime.bundle import SELFTEST, Bundle, publish, write_manifest
-from bar_edge.runtime.engines.cuda.loop import TABLES
+from bar_edge.runtime.engines.cuda import cache
+from bar_edge.runtime.engines.cuda.device import driver_version
+from bar_edge.runtime.engines.cuda.loop import ITEMSIZES, TABLES, buffer_sizes
 from bar_edge.runtime.engines.cuda.profile import Profile
 from bar_edge.runtime.engines.tensorrt import NAME, load_library
 from bar_edge.runtime.errors import CompatibilityError, EngineError, RequestError
@@ -49,6 +52,7 @@ def compile_bundle(
     precision: str = FP16,
     batches: tuple[int, ...] = (1,),
     host_sm: int | None = None,
+    keep_onnx: Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -59,11 +63,12 @@ def compile_bundle(
         precision: of products that the bundle does not hold in integers: `fp16`, `bf16` or `fp32`.
         batches: images sampled together; each has its own set of engines with static shapes.
         host_sm: compute capability of the GPU in this machine, as 87 for 8.7.
+        keep_onnx: a new folder for the graphs that are compiled, to be inspected or compared with Polygraphy.
 
     Raises RequestError for settings that do not fit, EngineError if the builder fails or does not do what was asked.
     """
     report = progress or (lambda what, done, total: None)
-    _check(source, precision, batches)
+    _check(source, precision, batches, keep_onnx)
     resolved = resolve(target, host_sm)
     builder = Builder(load_library(resolved.library), resolved, report)
     spec, recipe = source.spec, source.recipe
@@ -87,12 +92,16 @@ def compile_bundle(
             for name, model in graphs.items():
                 file = f"{name}-{hashlib.sha256(model.SerializeToString()).hexdigest()[:12]}.plan"
                 if file not in compiled:
-                    onnx.save(model, scratch / f"{name}.onnx")
-                    plan = builder.build(scratch / f"{name}.onnx", f"{name}, {profile.rows} rows")
+                    graph = scratch / f"{name}-{profile.rows}.onnx"
+                    onnx.save(model, graph)
+                    plan = builder.build(graph, f"{name}, {profile.rows} rows")
                     compiled[file] = builder.describe(name, plan, expected)
                     (folder / file).write_bytes(plan)
                 plans[name] = {"file": file, **compiled[file]}
-            described.append({"sizes": profile.to_dict(), "plans": plans})
+            buffers = buffer_sizes(spec, profile, itemsize=ITEMSIZES[precision], in_place=builder.in_place)
+            described.append({"sizes": profile.to_dict(), "buffer_bytes": sum(buffers.values()), "plans": plans})
+        if keep_onnx is not None:
+            shutil.copytree(scratch, keep_onnx)
         shutil.rmtree(scratch)
         write(folder, {name: _table(tensors[name]) for name in TABLES})
         shutil.copyfile(source.path / SELFTEST, folder / SELFTEST)
@@ -126,6 +135,7 @@ class Builder:
             "library": self._target.library,
             "version": self._trt.__version__,
             "sms": list(self._target.sms),
+            "driver": driver_version(),
             "in_place": self.in_place,
             "builder": {"strongly_typed": True, "tf32": False},
         }
@@ -142,6 +152,7 @@ class Builder:
             raise EngineError(f"{what}: {self._name} cannot read the graph: {'; '.join(errors)}")
         config = builder.create_builder_config()
         config.clear_flag(trt.BuilderFlag.TF32)
+        timings = self._timing_cache(config)
         config.progress_monitor = monitor = _monitor_of(trt)(what, self._report)
         if self._rtx:
             config.num_compute_capabilities = len(self._target.sms)
@@ -155,15 +166,37 @@ class Builder:
         if plan is None:
             tail = " | ".join(self._log.lines) or "it said nothing"
             raise EngineError(f"{what}: {self._name} could not build an engine; the end of its log: {tail}")
+        if timings is not None:
+            cache.write(self._timings_name, bytes(timings.serialize()))
         return bytes(plan)
 
     def describe(self, name: str, plan: bytes, expected: Mapping[str, str]) -> dict[str, Any]:
-        """What the builder made of a graph. Raises EngineError if a layer is not what was asked for."""
-        if not self._rtx:
-            return {"bytes": len(plan)}  # only a GPU can tell: `verify` does, on the device
-        program = read_plan(plan)
-        check_program(name, program, expected)
-        return {"bytes": len(plan), **program.to_dict()}
+        """What the builder made of a graph. Raises EngineError if a layer is not what was asked for.
+
+        TensorRT's inspector tells the types that layers give, not what products read: it is recorded, not judged.
+        """
+        if self._rtx:
+            program = read_plan(plan)
+            check_program(name, program, expected)
+            return {"bytes": len(plan), **program.to_dict()}
+        engine = self._trt.Runtime(self._log).deserialize_cuda_engine(plan)
+        inspector = engine.create_engine_inspector()
+        listing = json.loads(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
+        layers = [layer for layer in listing.get("Layers", ()) if isinstance(layer, dict)]
+        types = Counter(output.get("Format/Datatype", "unknown") for layer in layers for output in layer["Outputs"])
+        return {"bytes": len(plan), "layers": len(layers), "output_types": dict(types.most_common())}
+
+    @property
+    def _timings_name(self) -> str:
+        return f"{self._target.library}-{self._trt.__version__}-sm{self._target.sms[0]}.timings"
+
+    def _timing_cache(self, config: Any) -> Any:
+        """TensorRT's, so that a second build need not time the same kernels; TensorRT-RTX would ask for a GPU."""
+        if self._rtx:
+            return None
+        timings = config.create_timing_cache(cache.read(self._timings_name) or b"")
+        config.set_timing_cache(timings, False)
+        return timings
 
     @property
     def _name(self) -> str:
@@ -199,13 +232,15 @@ def check_program(name: str, program: Program, expected: Mapping[str, str]) -> N
         )
 
 
-def _check(source: Bundle, precision: str, batches: tuple[int, ...]) -> None:
+def _check(source: Bundle, precision: str, batches: tuple[int, ...], keep_onnx: Path | None) -> None:
     if "engines" in source.manifest:
         raise RequestError(f"{source.path}: is compiled already; compile the bundle it was made from")
     if precision not in PRECISIONS:
         raise RequestError(
             f"precision {precision!r}: known are {', '.join(PRECISIONS)}; INT8 and INT4 come from quantize"
         )
+    if keep_onnx is not None and keep_onnx.exists():
+        raise RequestError(f"{keep_onnx}: exists already; choose a new folder for the graphs")
     if not batches or min(batches) < 1:
         raise RequestError(f"batches must be at least 1, are {', '.join(map(str, batches)) or 'none'}")
     if source.manifest.get("quantization", {}).get("activations") == "asymmetric":

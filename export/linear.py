@@ -17,9 +17,9 @@ Add become a Gemm that has no integer kernel, and nothing is said), and signed a
 So its form names the operator and shifts activations to uint8 with zero point 128: the same numbers.
 
 For a GPU (`GraphBuilder.device`) the same layers are read from the file that `export/device_weights.py` describes:
-weights in the device's type, weight-only values signed, because TensorRT knows no zero points. x comes and goes in fp32; the product
-is named `{layer}.product`, by which the compiled plan is read back. Static INT8 keeps fp32 scales and a fp32 sum: with
-fp16 scales TensorRT-RTX stores unscaled sums as fp16, which overflow.
+weights in the device's type, weight-only values signed, because TensorRT knows no zero points. x comes and goes in
+fp32; the product is named `{layer}.product`, by which the compiled plan is read back. Static INT8 keeps fp32 scales and
+a fp32 sum: with fp16 scales TensorRT-RTX stores unscaled sums as fp16, which overflow.
 """
 
 import numpy as np

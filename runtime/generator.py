@@ -203,6 +203,17 @@ class Generator:
         with self._lock:
             return self._running().last_latents()
 
+    def images_on_device(self) -> Any:
+        """The images [B, 3, H, W] drawn last, float32 before clamping, in device memory until the next call.
+
+        Of a GPU engine: an object with `__cuda_array_interface__` and `to_pycuda()`. Raises EngineError elsewhere.
+        """
+        with self._lock:
+            engine = self._running()
+            if not isinstance(engine, engines.OnDevice):
+                raise EngineError(f"{self.engine_name} keeps nothing in device memory")
+            return engine.images_on_device()
+
     def decode(self, bits: NDArray[np.uint8]) -> list[Image.Image]:
         """Bits [B, image_seq_len, token_size] of the fine grid (0 or 1) -> RGB images."""
         return [Image.fromarray(pixels) for pixels in to_uint8(self.decode_raw(bits))]

@@ -6,7 +6,7 @@ An engine never stands in for another: if it cannot run, it says why (`EngineErr
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,14 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release what the engine holds; it cannot be used afterwards."""
+
+
+@runtime_checkable
+class OnDevice(Protocol):
+    """An engine whose results stay in device memory."""
+
+    def images_on_device(self) -> Any:
+        """The images [B, 3, H, W] drawn last (`cuda/device.py`, DeviceArray)."""
 
 
 @dataclass(frozen=True)

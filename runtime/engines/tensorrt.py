@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from bar_edge.runtime import weights
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines import Batch, TokenProgress
+from bar_edge.runtime.engines.cuda import cache
 from bar_edge.runtime.engines.cuda.device import Address, CudaDevice, DeviceArray, load_driver
-from bar_edge.runtime.engines.cuda.loop import TABLES, Loop
+from bar_edge.runtime.engines.cuda.loop import ITEMSIZES, TABLES, Loop
 from bar_edge.runtime.engines.cuda.profile import Profile
 from bar_edge.runtime.errors import BundleError, CompatibilityError, EngineError
 
@@ -28,7 +29,6 @@ _REMEDIES = {
     "tensorrt": "install NVIDIA's TensorRT packages (on a Jetson: JetPack's)",
 }
 RTX_CAPABILITIES = (75, 80, 86, 89, 120, 121)  # of TensorRT-RTX 1.7; data-centre and Jetson GPUs need TensorRT
-_ITEMSIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 Floats = NDArray[np.float32]
 
@@ -97,7 +97,7 @@ class TensorRtEngine:
                 (Profile.from_dict(entry["sizes"]), {name: plan["file"] for name, plan in entry["plans"].items()})
                 for entry in facts["profiles"]
             ]
-            self._itemsize, self._in_place = _ITEMSIZE[facts["precision"]], bool(facts["in_place"])
+            self._itemsize, self._in_place = ITEMSIZES[facts["precision"]], bool(facts["in_place"])
             library = str(facts["library"])
         except (KeyError, TypeError, ValueError) as error:
             raise BundleError(
@@ -111,6 +111,7 @@ class TensorRtEngine:
         self._tables = {name: np.asarray(tensors[name]) for name in TABLES}
         self._path = bundle.path
         self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.ERROR))
+        self._kernels = f"{library}-{self._trt.__version__}-sm{self.device.sm}.kernels"
         self._loops: dict[int, Loop] = {}  # by rows
         self._last: tuple[Loop, int] | None = None  # the loop that drew last, and its images
 
@@ -173,13 +174,20 @@ class TensorRtEngine:
         if profile.rows not in self._loops:
             files = {name: self._path / file for name, file in plans.items()}
             with self.device.current():
-                graphs = _Plans(self._trt, self._runtime, self.device, profile, files, self._itemsize, self._in_place)
+                stored = cache.read(self._kernels)
+                graphs = _Plans(self._trt, self._runtime, self.device, profile, files, stored)
+                graphs.itemsize, graphs.in_place = self._itemsize, self._in_place
+                if graphs.compiled is not None and graphs.compiled != stored:
+                    cache.write(self._kernels, graphs.compiled)
             self._loops[profile.rows] = Loop(self.spec, self._tables, graphs, self.device)
         return self._loops[profile.rows]
 
 
 class _Plans:
     """The plans of one profile, loaded."""
+
+    itemsize: int
+    in_place: bool
 
     def __init__(
         self,
@@ -188,15 +196,16 @@ class _Plans:
         device: CudaDevice,
         profile: Profile,
         files: Mapping[str, Path],
-        itemsize: int,
-        in_place: bool,
+        kernels: bytes | None,
     ) -> None:
-        self.profile, self.itemsize, self.in_place = profile, itemsize, in_place
+        """`kernels`: what TensorRT-RTX compiled for this GPU before; `compiled` is what it has now."""
+        self.profile = profile
+        self.compiled: bytes | None = None
         self._stream = device.stream
         self._engines, self._contexts = {}, {}
         for name, file in files.items():
             engine = runtime.deserialize_cuda_engine(file.read_bytes())
-            context = engine.create_execution_context() if engine is not None else None
+            context = self._context(trt, engine, kernels) if engine is not None else None
             if context is None:
                 raise EngineError(
                     f"{file}: {LIBRARIES[trt.__name__]} {trt.__version__} does not load it; compile the bundle here"
@@ -214,3 +223,17 @@ class _Plans:
     def close(self) -> None:
         self._contexts.clear()
         self._engines.clear()
+
+    def _context(self, trt: ModuleType, engine: Any, kernels: bytes | None) -> Any:
+        """A context; TensorRT-RTX compiles the plan's kernels for the GPU here, unless it did before."""
+        if trt.__name__ != "tensorrt_rtx":
+            return engine.create_execution_context()
+        config = engine.create_runtime_config()
+        compiled = config.create_runtime_cache()
+        known = self.compiled or kernels
+        if known is not None:
+            compiled.deserialize(known)
+        config.set_runtime_cache(compiled)
+        context = engine.create_execution_context(config)
+        self.compiled = bytes(compiled.serialize())
+        return context

@@ -4,20 +4,17 @@ What was compiled is kept in the user's cache folder, under the hash of everythi
 """
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from bar_edge.runtime.engines.cuda import cache
 from bar_edge.runtime.errors import EngineError
 
 KERNELS = Path(__file__).with_name("kernels.cu")
 OPTIONS = ("--std=c++17", "--fmad=false")  # no contraction: float32 products round as numpy's do
-_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def kernels(sm: int) -> bytes:
@@ -42,10 +39,11 @@ def compile_source(source: Path, sm: int, options: Sequence[str]) -> bytes:
     text = source.read_bytes()
     arguments = [f"--gpu-architecture=sm_{sm}", *options]
     key = hashlib.sha256("\0".join((*arguments, version, "")).encode() + text).hexdigest()
-    cubin = _read_cached(key)
+    name = f"{key}.cubin"
+    cubin = cache.read(name)
     if cubin is None:
         cubin = _compile(nvrtc, text, source.name, arguments)
-        _write_cached(key, cubin)
+        cache.write(name, cubin)
     return cubin
 
 
@@ -95,35 +93,3 @@ def _checked(nvrtc: ModuleType, returned: tuple[Any, ...]) -> Any:
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise EngineError(f"NVRTC failed with {status.name}: reinstall nvidia-cuda-nvrtc and cuda-bindings")
     return values[0] if len(values) == 1 else values
-
-
-def _cached(key: str) -> Path:
-    """Raises RuntimeError where the user has no home."""
-    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not root.is_absolute():
-        root = Path.home() / ".cache"
-    return root / "bar-edge" / f"{key}.cubin"
-
-
-def _read_cached(key: str) -> bytes | None:
-    """The cubin stored under this key behind its SHA-256, or None if there is none that is whole."""
-    try:
-        stored = _cached(key).read_bytes()
-    except (OSError, RuntimeError):
-        return None
-    digest, cubin = stored[:_DIGEST_BYTES], stored[_DIGEST_BYTES:]
-    return cubin if hashlib.sha256(cubin).digest() == digest else None
-
-
-def _write_cached(key: str, cubin: bytes) -> None:
-    """Store a cubin whole or not at all. A cache that cannot be written costs a compilation at the next start only."""
-    with suppress(OSError, RuntimeError):
-        path = _cached(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(hashlib.sha256(cubin).digest() + cubin)
-            Path(temporary).replace(path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)

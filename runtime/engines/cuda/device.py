@@ -251,6 +251,16 @@ def capability(driver: ModuleType, device: Any) -> int:
     return int(10 * major + minor)
 
 
+def driver_version() -> str | None:
+    """CUDA version of the driver, as `13.0`; None without one."""
+    try:
+        driver = load_driver()
+    except EngineError:
+        return None
+    _, version = driver.cuDriverGetVersion()
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
 def host_sm() -> int | None:
     """Compute capability of the first GPU of this machine; None if there is none."""
     try:

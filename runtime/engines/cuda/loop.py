@@ -33,6 +33,7 @@ TABLES = (  # what the kernels read, in fp32, by their names in `weights.safeten
     "lm_head.bit_embedding",
     "lm_head.masked_embedding",
 )
+ITEMSIZES = {"fp16": 2, "bf16": 2, "fp32": 4}  # of modulation, keys and values, by the precision of products
 Floats = NDArray[np.float32]
 _i32, _u64 = np.int32, np.uint64
 
