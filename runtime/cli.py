@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 a check ran and failed; 2 a mistake that one sentence expl
 """
 
 import json
+import shlex
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -87,7 +88,9 @@ def quantize(
     asymmetric: Annotated[
         bool, typer.Option("--asymmetric", help="Zero points for static activations; only ONNX Runtime runs them.")
     ] = False,
-    keep: Annotated[list[str] | None, typer.Option("--keep", help="A linear layer to leave in fp32; repeat.")] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option("--keep", help="A linear layer to leave in fp32, or LAYER=fp16; repeat.")
+    ] = None,
     budget: Annotated[
         float | None, typer.Option(help="Fraction of decisions that may flip; harmful layers stay fp32 until it holds.")
     ] = None,
@@ -107,11 +110,11 @@ def quantize(
     trajectories = _need("bar_edge.calibration.trajectories", "calibration")
     quantizer = _need("bar_edge.calibration.quantizer", "calibration")
     check_output(output, force=force)
+    kept = tuple(layer.removesuffix("=fp16") for layer in keep or ())
+    halves = tuple(layer.removesuffix("=fp16") for layer in keep or () if layer.endswith("=fp16"))
     with _progress() as bar:
         source = _open(bundle, bar)
-        quantizer.check_settings(
-            source, precision=precision, observer=observer, keep_fp32=tuple(keep or ()), budget=budget
-        )
+        quantizer.check_settings(source, precision=precision, observer=observer, keep=kept, budget=budget)
         partial = output.absolute().parent / f".{output.name}.calibration.npz"
         if calibration is not None and not calibration.absolute().parent.is_dir():
             raise RequestError(f"{calibration}: its folder does not exist; make it first")
@@ -131,7 +134,8 @@ def quantize(
                 collected.save(calibration)
         made = quantizer.quantize_bundle(
             source, collected, output, precision=precision, observer=observer, asymmetric=asymmetric,
-            keep_fp32=tuple(keep or ()), budget=budget, measure=measure, force=force, threads=threads, progress=bar,
+            keep_fp32=tuple(set(kept) - set(halves)), keep_fp16=halves, budget=budget, measure=measure, force=force,
+            threads=threads, progress=bar,
         )  # fmt: skip
     partial.unlink(missing_ok=True)
     facts = made.manifest["quantization"]
@@ -147,6 +151,47 @@ def quantize(
     )
     if searched := facts["sensitivity"]:
         out.print(f"kept in fp32 for the budget: {', '.join(searched['kept_fp32']) or 'nothing'}")
+
+
+@app.command("compile")
+def compile_(
+    bundle: Annotated[Path, typer.Argument(help="A bundle folder, fp32 or quantized.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Compiled bundle folder to make.")],
+    target: Annotated[
+        str, typer.Option(help="rtx (any RTX card, builds without a GPU), host, or a device as rtx4090, orin, thor.")
+    ] = "host",
+    precision: Annotated[str, typer.Option(help="Of what is not in integers: fp16, bf16 or fp32.")] = "fp16",
+    batches: Annotated[
+        list[int] | None,
+        typer.Option("--batch", min=1, help="Images drawn together; repeat for several sets of engines."),
+    ] = None,
+    keep_onnx: Annotated[
+        Path | None, typer.Option("--keep-onnx", help="New folder for the compiled graphs, to look at with Polygraphy.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Compile a bundle to TensorRT engines, and read back what the builder really did.
+
+    Example: bar-edge compile bar_b-int8/ --target rtx --batch 1 --batch 8 -o bar_b-int8-rtx/
+    """
+    from bar_edge.runtime.bundle import check_output
+    from bar_edge.runtime.engines.cuda.device import host_sm
+
+    compiler = _need("bar_edge.export.compile", "compile")
+    check_output(output, force=force)
+    with _progress() as bar:
+        made = compiler.compile_bundle(
+            _open(bundle, bar), output, target=target, precision=precision, batches=tuple(batches or (1,)),
+            host_sm=host_sm(), keep_onnx=keep_onnx, force=force, progress=bar,
+        )  # fmt: skip
+    facts = made.manifest["engines"]["tensorrt"]
+    capabilities = ", ".join(f"{sm / 10:.1f}" for sm in facts["sms"])
+    out.print(f"{output}: {facts['library']} {facts['version']}, SM {capabilities}, {facts['precision']}")
+    for profile in facts["profiles"]:
+        buffers = f"{profile['buffer_bytes'] / 2**20:.0f} MiB of buffers beside the plans"
+        out.print(f"{profile['sizes']['rows']} rows, {buffers}:")
+        for name, plan in profile["plans"].items():
+            out.print(f"  {name}: {compiler.sentence(plan)}")
 
 
 @app.command()
@@ -224,6 +269,57 @@ def generate(
 
 
 @app.command()
+def sample(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the set; taken up again if it was begun.")],
+    num: Annotated[int, typer.Option(min=1, help="Images in all.")] = 50_000,
+    classes: Annotated[
+        str, typer.Option(help="balanced (image i is of class i mod C), or classes taken in turn, as 207,360.")
+    ] = "balanced",
+    seed: Annotated[int, typer.Option(help="0 to 2**64-1; with the image's index it decides every bit.")] = 0,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; up to 1 turns guidance off.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    allocation: Annotated[str | None, typer.Option(help="Bits unmasked per head pass, as 2,2,5,7.")] = None,
+    png: Annotated[bool, typer.Option("--png/--no-png", help="PNGs beside samples.npz.")] = True,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images drawn together.")] = 8,
+    threads: Threads = 0,
+    engine: EngineName = "auto",
+    ray: Annotated[
+        str | None, typer.Option("--ray", help="local, auto or HOST:PORT: share the work on a Ray cluster.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw an evaluation set: PNGs and the samples.npz that evaluators read. Interrupted, the same command goes on.
+
+    Example: bar-edge sample bar_b/ --num 50000 --classes balanced -o bar_b-50k/
+    """
+    from bar_edge.runtime import engines, ray_shards
+    from bar_edge.runtime.evaluation_set import EvaluationSet
+    from bar_edge.runtime.evaluation_settings import EvaluationSettings
+    from bar_edge.runtime.generator import Generator
+
+    if ray is not None:
+        _need("ray", "ray")
+    with _progress() as bar:
+        verified = _open(bundle, bar)
+        settings = EvaluationSettings.of(
+            verified, engine=engines.choose(engine, verified)[0], num=num, classes=classes, seed=seed,
+            guidance=guidance, temperature=temperature, allocation=_allocation(allocation), png=png,
+        )  # fmt: skip
+        with EvaluationSet.begin(output, settings) as folder:
+            if folder.missing() and ray is not None:
+                ray_shards.draw(folder, verified, address=ray, threads=threads, batch_size=batch_size, progress=bar)
+            elif folder.missing():
+                with Generator(verified, engine=settings.engine, threads=threads) as bar_generator:
+                    folder.draw(bar_generator, batch_size=batch_size, progress=bar)
+            samples = folder.assemble(bar)
+    if as_json:
+        print(json.dumps({"samples": str(samples), "images": str(folder.images) if png else None}))
+        return
+    out.print(f"{num:,} images in {samples}" + (f" and {folder.images}" if png else ""))
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A checkpoint, an ONNX file or a bundle folder.")],
     as_json: AsJson = False,
@@ -297,6 +393,61 @@ def verify(
 
 
 @app.command()
+def bench(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="BUNDLE...", help="Bundle folders; with --compare, two report.json files.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the report.")] = Path("bench-output"),
+    baseline: Annotated[
+        Path | None, typer.Option("--baseline", help="The checkpoint the bundles come from, to run in PyTorch.")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="The checkpoint's tokenizer.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="The checkpoint's YAML.")] = None,
+    form: Annotated[
+        list[str] | None,
+        typer.Option("--form", help="Of the baseline: fp32, bf16, compiled, compiled-bf16; repeat. The first three."),
+    ] = None,
+    engine: Annotated[
+        list[str] | None, typer.Option("--engine", help="Repeat. Every engine a bundle was made for unless given.")
+    ] = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option("--batch-size", min=1, help="Images drawn together; repeat. 1 unless given.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Counted batches of every contender; p99 needs 100.")] = 10,
+    warmup: Annotated[int, typer.Option(min=1, help="Batches before, of which the first is proven.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the images.")] = 0,
+    threads: Threads = 0,
+    compare: Annotated[bool, typer.Option("--compare", help="Say what moved between two reports.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder that has files already.")] = False,
+) -> None:
+    """Time bundles beside PyTorch, after proving that they draw the same images: table, JSON, HTML, charts.
+
+    Example: bar-edge bench bar_b/ bar_b-int8/ --baseline bar_b.bin --tokenizer bar_fsq_16bits_ft.bin -o report/
+    """
+    command = _need("bar_edge.benchmarks.command", "bench")
+    if compare:
+        command.compare(paths, out)
+        return
+    plans = _need("bar_edge.benchmarks.plan", "bench")
+    command.check_output(output, force=force)
+    if (baseline is None) != (tokenizer is None):
+        raise RequestError("--baseline and --tokenizer go together: give both or neither")
+    reference = None
+    if baseline is not None:
+        _need("torch", "export")
+        reference = plans.Baseline(baseline, tokenizer, config, tuple(form or plans.DEFAULT_FORMS))
+    with _progress() as bar:
+        bundles = [_open(path, bar) for path in paths]
+        plan = plans.Plan.of(
+            bundles, baseline=reference, engines=engine or (), batch_sizes=batch_size or (1,), rounds=rounds,
+            warmup=warmup, threads=threads, seed=seed, command=shlex.join(["bar-edge", *sys.argv[1:]]),
+        )  # fmt: skip
+        report = command.measure(plan, output, bar)
+    command.show(report, out)
+    out.print(f"{output / command.HTML}, {output / command.JSON} and the charts as PNGs")
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Say which engines and extras work on this machine, and what to install for the others.
 
@@ -330,9 +481,59 @@ def demo(
     runner.run(output, force=force, console=out, progress=_progress)
 
 
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(metavar="VARIANT", help="A published variant, as bar_b, or a bundle folder.")],
+    device: Annotated[str, typer.Option("--device", help="As orin, thor, rtx4090, h200 or epyc-2core.")],
+    batch: Annotated[
+        list[int] | None, typer.Option("--batch", min=1, help="Images drawn together; repeat. 1 and 8 unless given.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", help="Folder of measured results: show the plan's error for each.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict latency, memory and the largest batch on a device, for every precision, before building anything.
+
+    Example: bar-edge plan bar_b --device orin
+    """
+    from bar_edge.runtime import plan_tables, planning
+    from bar_edge.runtime.devices import find_device
+    from bar_edge.runtime.plan_accuracy import deviations
+
+    target = find_device(device)
+    variant, workloads = _planned(model, set(target.rates))
+    plans = [
+        (planning.predict(workload, target, images), planning.largest_batch(workload, target))
+        for workload in workloads
+        for images in batch or (1, 8)
+    ]
+    if against is not None and variant is None:
+        raise RequestError(f"{model}: --against compares published variants, and this is none; leave it out")
+    found = [] if against is None or variant is None else deviations(against, variant, target)
+    if as_json:
+        facts = {
+            "model": model,
+            "device": target.to_dict(),
+            "plans": [{**prediction.to_dict(), "largest_batch": largest} for prediction, largest in plans],
+            "deviations": [one.to_dict() for one in found],
+        }
+        print(json.dumps(facts, indent=1))
+        return
+    out.print(plan_tables.plan_table(model, target, plans))
+    out.print(plan_tables.source_table(target.sources))
+    if found:
+        out.print(plan_tables.deviation_table(found))
+
+
 _EXTRAS = {
+    "bench": ("jinja2", "matplotlib", "onnx"),
+    "compile": ("onnx",),
+    "cuda": ("cuda",),
+    "pycuda": ("pycuda",),
     "export": ("torch", "onnx", "safetensors", "yaml"),
     "calibration": ("onnx", "matplotlib"),
+    "ray": ("ray",),
 }
 
 
@@ -384,7 +585,7 @@ class _Bar:
     def __exit__(self, *exc: object) -> None:
         self._progress.stop()
 
-    def __call__(self, what: str, done: int, total: int) -> None:
+    def __call__(self, what: str, done: float, total: int) -> None:
         if what != self._what:
             self._progress.reset(self._task, description=what, total=total)
             self._what = what
@@ -399,6 +600,22 @@ def _open(path: Path, bar: _Bar) -> Any:
     from bar_edge.runtime.bundle import Bundle
 
     return Bundle.open(path, bar)
+
+
+def _planned(model: str, precisions: set[str]) -> tuple[Any, list[Any]]:
+    """The published variant that `model` is, if any, and its workloads: one a precision, or a bundle's own."""
+    from bar_edge.runtime import weights, workload
+    from bar_edge.runtime.spec import VARIANTS
+
+    if model in VARIANTS:
+        known = [name for name in workload.PRECISIONS if name in precisions]
+        return VARIANTS[model], [workload.of_variant(VARIANTS[model], name) for name in known]
+    if not Path(model).is_dir():
+        raise RequestError(f"{model}: neither a bundle folder nor a published variant ({', '.join(VARIANTS)})")
+    with _progress() as bar:
+        bundle = _open(Path(model), bar)
+    places = weights.read_places(bundle.path / weights.FILE_NAME)
+    return VARIANTS.get(bundle.variant), [workload.of_bundle(bundle.spec, bundle.recipe, places)]
 
 
 def _need(module: str, extra: str) -> ModuleType:

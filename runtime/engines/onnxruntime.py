@@ -8,6 +8,7 @@ position is the step that draws the first token. Modulation is computed ahead fo
 
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -358,7 +359,8 @@ def _library() -> ModuleType:
     try:
         ort = import_module("onnxruntime")
     except ImportError as error:
-        raise EngineError(f"onnxruntime is not installed ({error}); pip install onnxruntime") from error
+        remedy = "pip install onnxruntime" if sys.version_info >= (3, 11) else "it needs Python 3.11 or newer"
+        raise EngineError(f"onnxruntime is not installed ({error}); {remedy}") from error
     version = tuple(int(part) for part in ort.__version__.split(".")[:2])
     if version < MINIMUM_VERSION:
         needed = ".".join(map(str, MINIMUM_VERSION))

@@ -1,0 +1,72 @@
+"""Plans and their errors as tables for people."""
+
+from collections.abc import Mapping, Sequence
+
+from rich.table import Table
+
+from bar_edge.runtime.devices import Device
+from bar_edge.runtime.plan_accuracy import PEAK_MEMORY, TARGET, Deviation
+from bar_edge.runtime.planning import Prediction
+
+PROJECTION = "projection, nothing measured on this device"
+MEASURED = "constants measured and fitted on this device, see --against"
+
+
+def plan_table(model: str, device: Device, plans: Sequence[tuple[Prediction, int]]) -> Table:
+    """One row for every precision and batch; `plans` pairs a prediction with the largest batch that fits."""
+    state = MEASURED if device.measured else PROJECTION
+    table = _table(f"{model} on {device.title}\n{state}", "precision")
+    for heading in (
+        "batch",
+        "ms a token",
+        "mostly",
+        "first token ms",
+        "s an image",
+        "images/s",
+        "MiB",
+        "largest batch",
+    ):
+        table.add_column(heading, justify="left" if heading == "mostly" else "right")
+    for plan, largest in plans:
+        memory = f"{plan.memory_bytes / 2**20:,.0f}"
+        table.add_row(
+            plan.precision, str(plan.batch), f"{plan.token.seconds * 1e3:.2f}", plan.token.limit,
+            f"{plan.first_token_seconds * 1e3:.1f}", f"{plan.image_seconds:.3f}", f"{1 / plan.image_seconds:.2f}",
+            memory if plan.fits else f"{memory}, does not fit", f"{largest:,}",
+        )  # fmt: skip
+    return table
+
+
+def source_table(sources: Mapping[str, str]) -> Table:
+    """Where a device's figures come from."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for figure, source in sources.items():
+        table.add_row(figure, source)
+    return table
+
+
+def deviation_table(found: Sequence[Deviation]) -> Table:
+    """Every measured figure beside the plan's."""
+    within = sum(abs(one.error) <= TARGET for one in found)
+    table = _table(f"{within} of {len(found)} measured figures within {TARGET:.0%}", "result")
+    for heading in ("precision", "batch", "figure", "samples", "measured", "plan", "error"):
+        table.add_column(heading, justify="left" if heading in ("precision", "figure") else "right")
+    for one in found:
+        table.add_row(
+            one.file, one.precision, str(one.batch), one.stage.replace("_", " "), str(one.samples),
+            _figure(one, one.measured), _figure(one, one.predicted), f"{one.error:+.1%}",
+            style=None if abs(one.error) <= TARGET else "bold red",
+        )  # fmt: skip
+    return table
+
+
+def _table(title: str, first: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(first, no_wrap=True)
+    return table
+
+
+def _figure(one: Deviation, value: float) -> str:
+    return f"{value / 2**20:,.0f} MiB" if one.stage == PEAK_MEMORY else f"{value * 1e3:,.1f} ms"
