@@ -5,20 +5,20 @@ library sees a byte of it, and a refusal names the command that mends it.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bar_edge.runtime import weights
 from bar_edge.runtime.bundle import Bundle
-from bar_edge.runtime.engines import Batch, TokenProgress
 from bar_edge.runtime.engines.cuda import cache
-from bar_edge.runtime.engines.cuda.device import Address, CudaDevice, DeviceArray, load_driver
-from bar_edge.runtime.engines.cuda.loop import ITEMSIZES, TABLES, Loop
+from bar_edge.runtime.engines.cuda.device import Address, CudaDevice, load_driver
+from bar_edge.runtime.engines.cuda.gpu_engine import GpuEngine
+from bar_edge.runtime.engines.cuda.loop import GRAPHS, ITEMSIZES, TABLES
 from bar_edge.runtime.engines.cuda.profile import Profile
 from bar_edge.runtime.errors import BundleError, CompatibilityError, EngineError
 
@@ -29,8 +29,6 @@ _REMEDIES = {
     "tensorrt": "install NVIDIA's TensorRT packages (on a Jetson: JetPack's)",
 }
 RTX_CAPABILITIES = (75, 80, 86, 89, 120, 121)  # of TensorRT-RTX 1.7; data-centre and Jetson GPUs need TensorRT
-
-Floats = NDArray[np.float32]
 
 
 def status() -> tuple[bool, str]:
@@ -84,110 +82,73 @@ def check_compatible(facts: Mapping[str, Any], version: str, sm: int, path: Path
         )
 
 
-class TensorRtEngine:
-    """Samples and decodes with compiled plans. Sets of plans are loaded when a batch first needs them."""
+class TensorRtEngine(GpuEngine):
+    """Samples and decodes with compiled plans."""
 
     name = NAME
 
     def __init__(self, bundle: Bundle, stream: Any = None) -> None:
-        self.spec = bundle.spec
-        facts = bundle.manifest["engines"][NAME]
+        """Raises BundleError, CompatibilityError, EngineError."""
+        account = _Account.of(bundle)
+        self._account = account
+        self._trt = load_library(account.library)
+        device = CudaDevice(stream)
         try:
-            profiles = [
-                (Profile.from_dict(entry["sizes"]), {name: plan["file"] for name, plan in entry["plans"].items()})
-                for entry in facts["profiles"]
-            ]
-            self._itemsize, self._in_place = ITEMSIZES[facts["precision"]], bool(facts["in_place"])
-            library = str(facts["library"])
-        except (KeyError, TypeError, ValueError) as error:
+            check_compatible(account.facts, self._trt.__version__, device.sm, bundle.path)
+            tensors = weights.open_weights(bundle.path)
+            super().__init__(
+                bundle.spec, device, list(account.plans), {name: np.asarray(tensors[name]) for name in TABLES}
+            )
+            self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.ERROR))
+        except BaseException:
+            device.close()
+            raise
+        self._kernels = f"{account.library}-{self._trt.__version__}-sm{device.sm}-{bundle.digest[:16]}.kernels"
+
+    def graphs(self, profile: Profile) -> "_Plans":
+        stored = cache.read(self._kernels)
+        loaded = _Plans(self._trt, self._runtime, self.device, profile, self._account, stored)
+        if loaded.compiled is not None and loaded.compiled != stored:
+            cache.write(self._kernels, loaded.compiled)
+        return loaded
+
+
+@dataclass(frozen=True)
+class _Account:
+    """What a compiled bundle's manifest says of its engines, checked."""
+
+    facts: Mapping[str, Any]
+    library: str
+    itemsize: int
+    in_place: bool
+    plans: Mapping[Profile, Mapping[str, Path]]  # every graph's plan
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> "_Account":
+        """Raises BundleError if anything is missing or points out of the bundle."""
+        files = bundle.manifest["files"]
+        try:
+            facts = bundle.manifest["engines"][NAME]
+            plans = {}
+            for entry in facts["profiles"]:
+                named = {name: str(entry["plans"][name]["file"]) for name in GRAPHS}
+                if unlisted := sorted(set(named.values()) - set(files)):
+                    raise ValueError(f"the plan {unlisted[0]} is not a listed file")
+                plans[Profile.from_dict(entry["sizes"])] = {name: bundle.path / file for name, file in named.items()}
+            if facts["library"] not in LIBRARIES or not plans:
+                raise ValueError(f"library {facts['library']!r}, {len(plans)} profiles")
+            if not isinstance(facts["version"], str) or not all(isinstance(sm, int) for sm in facts["sms"]):
+                raise ValueError("version and compute capabilities")
+            itemsize = ITEMSIZES[facts["precision"]]
+            return cls(facts, facts["library"], itemsize, bool(facts["in_place"]), plans)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(
                 f"{bundle.path}: its account of engines is malformed ({error!r}); compile it again"
             ) from error
-        self._profiles = sorted(profiles, key=lambda entry: entry[0].rows)
-        self._trt = load_library(library)
-        self.device = CudaDevice(stream)
-        check_compatible(facts, self._trt.__version__, self.device.sm, bundle.path)
-        tensors = weights.open_weights(bundle.path)
-        self._tables = {name: np.asarray(tensors[name]) for name in TABLES}
-        self._path = bundle.path
-        self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.ERROR))
-        self._kernels = f"{library}-{self._trt.__version__}-sm{self.device.sm}.kernels"
-        self._loops: dict[int, Loop] = {}  # by rows
-        self._last: tuple[Loop, int] | None = None  # the loop that drew last, and its images
-
-    def sample(
-        self, batch: Batch, progress: TokenProgress | None = None, history: NDArray[np.uint8] | None = None
-    ) -> NDArray[np.uint8]:
-        parts = []
-        for loop, begin, part in self._parts(batch):
-            led = None if history is None else history[begin : begin + len(part.class_ids)]
-            parts.append(loop.sample(part, progress, led))
-        return np.concatenate(parts)
-
-    def draw(self, batch: Batch, progress: TokenProgress | None = None) -> tuple[NDArray[np.uint8], Floats]:
-        drawn = [loop.draw(part, progress) for loop, _, part in self._parts(batch)]
-        return np.concatenate([bits for bits, _ in drawn]), np.concatenate([images for _, images in drawn])
-
-    def last_latents(self) -> Floats:
-        if self._last is None:
-            raise EngineError("no token was sampled yet")
-        loop, images = self._last
-        return loop.last_latents(images)
-
-    def decode(self, bits: Any) -> Floats:
-        loop = self._last[0] if self._last is not None else self._loop(self._profiles[0])
-        return loop.decode(bits)
-
-    def images_on_device(self) -> DeviceArray:
-        """The images [B, 3, H, W] drawn last, float32 as the decoder leaves them; valid until the next call."""
-        if self._last is None:
-            raise EngineError("nothing was drawn yet")
-        loop, images = self._last
-        return loop.images_on_device(images, self.device.stream)
-
-    def close(self) -> None:
-        for loop in self._loops.values():
-            loop.close()
-        self._loops.clear()
-        self._last = None
-        self.device.close()
-
-    def _parts(self, batch: Batch) -> Any:
-        """The batch in parts that fit the engines: the smallest that holds it, or the largest several times."""
-        count = len(batch.class_ids)
-        copies = 2 if batch.recipe.guidance > 1 else 1
-        fitting = [entry for entry in self._profiles if entry[0].rows // copies >= count]
-        entry = fitting[0] if fitting else self._profiles[-1]
-        capacity = entry[0].rows // copies
-        if capacity < 1:
-            raise CompatibilityError(
-                "these engines have one row, guidance needs two; compile with a batch of guided images"
-            )
-        for begin in range(0, count, capacity):
-            loop = self._loop(entry)
-            part = batch.part(begin, min(count, begin + capacity))
-            self._last = (loop, len(part.class_ids))
-            yield loop, begin, part
-
-    def _loop(self, entry: tuple[Profile, dict[str, str]]) -> Loop:
-        profile, plans = entry
-        if profile.rows not in self._loops:
-            files = {name: self._path / file for name, file in plans.items()}
-            with self.device.current():
-                stored = cache.read(self._kernels)
-                graphs = _Plans(self._trt, self._runtime, self.device, profile, files, stored)
-                graphs.itemsize, graphs.in_place = self._itemsize, self._in_place
-                if graphs.compiled is not None and graphs.compiled != stored:
-                    cache.write(self._kernels, graphs.compiled)
-            self._loops[profile.rows] = Loop(self.spec, self._tables, graphs, self.device)
-        return self._loops[profile.rows]
 
 
 class _Plans:
     """The plans of one profile, loaded."""
-
-    itemsize: int
-    in_place: bool
 
     def __init__(
         self,
@@ -195,15 +156,15 @@ class _Plans:
         runtime: Any,
         device: CudaDevice,
         profile: Profile,
-        files: Mapping[str, Path],
+        account: _Account,
         kernels: bytes | None,
     ) -> None:
         """`kernels`: what TensorRT-RTX compiled for this GPU before; `compiled` is what it has now."""
-        self.profile = profile
+        self.profile, self.itemsize, self.in_place = profile, account.itemsize, account.in_place
         self.compiled: bytes | None = None
         self._stream = device.stream
         self._engines, self._contexts = {}, {}
-        for name, file in files.items():
+        for name, file in account.plans[profile].items():
             engine = runtime.deserialize_cuda_engine(file.read_bytes())
             context = self._context(trt, engine, kernels) if engine is not None else None
             if context is None:

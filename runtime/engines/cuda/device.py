@@ -23,6 +23,7 @@ Address = int
 Argument = Address | np.generic  # an address, or a scalar of exactly the kernel's type
 CudaGraph = Any
 _BLOCKS_PER_SM = 8
+_DEFAULT_STREAMS = (0, 1, 2)  # null, legacy and per-thread
 
 
 class Device(Protocol):
@@ -57,6 +58,9 @@ class Device(Protocol):
 
     def replay(self, graph: CudaGraph) -> None:
         """Run a captured graph."""
+
+    def wait_for(self, stream: int) -> None:
+        """Wait until another stream has done what it was given."""
 
     def current(self) -> Any:
         """A context manager within which the other methods may be called."""
@@ -125,7 +129,7 @@ class CudaDevice:
     """The GPU of the calling thread's context, or the first one."""
 
     def __init__(self, stream: Any = None) -> None:
-        """Raises EngineError where there is no driver, no GPU, or no compiler for its kernels."""
+        """Raises EngineError where there is no driver, no GPU, no compiler for its kernels, or for a default stream."""
         self._driver = driver = load_driver()
         current = self._call(driver.cuCtxGetCurrent)
         if int(current):
@@ -133,16 +137,24 @@ class CudaDevice:
         else:
             self._primary = self._call(driver.cuDeviceGet, 0)
             self._context = self._call(driver.cuDevicePrimaryCtxRetain, self._primary)
-        self._own_stream = stream is None
-        with self.current():
-            device = self._call(driver.cuCtxGetDevice)
-            self.sm = capability(driver, device)
-            count = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
-            self.blocks = _BLOCKS_PER_SM * self._call(driver.cuDeviceGetAttribute, count, device)
-            self.threads = 128
-            flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value
-            self.stream = int(self._call(driver.cuStreamCreate, flags)) if stream is None else stream_handle(stream)
-            self._module = self._call(driver.cuModuleLoadData, kernels(self.sm))
+        given = None if stream is None else stream_handle(stream)
+        if given in _DEFAULT_STREAMS:
+            raise EngineError("the default stream cannot be captured into a graph; give a stream that you made")
+        self._own_stream = given is None
+        try:
+            with self.current():
+                device = self._call(driver.cuCtxGetDevice)
+                self.sm = capability(driver, device)
+                cubin = kernels(self.sm)
+                count = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+                self.blocks = _BLOCKS_PER_SM * self._call(driver.cuDeviceGetAttribute, count, device)
+                self.threads = 128
+                self._module = self._call(driver.cuModuleLoadData, cubin)
+                flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value
+                self.stream = int(self._call(driver.cuStreamCreate, flags)) if given is None else given
+        except BaseException:
+            self._release()
+            raise
         self._functions: dict[str, Any] = {}
         self._graphs: list[Any] = []
 
@@ -195,12 +207,20 @@ class CudaDevice:
         self._call(driver.cuStreamBeginCapture, self.stream, mode)
         try:
             work()
-        finally:
-            graph = self._call(driver.cuStreamEndCapture, self.stream)
+        except BaseException:
+            _, graph = driver.cuStreamEndCapture(self.stream)  # what went wrong in `work` is what counts
+            if graph is not None and int(graph):
+                driver.cuGraphDestroy(graph)
+            raise
+        graph = self._call(driver.cuStreamEndCapture, self.stream)
         executable = self._call(driver.cuGraphInstantiate, graph, 0)
         self._call(driver.cuGraphDestroy, graph)
         self._graphs.append(executable)
         return executable
+
+    def wait_for(self, stream: int) -> None:
+        if stream != self.stream:
+            self._call(self._driver.cuStreamSynchronize, stream)
 
     def replay(self, graph: CudaGraph) -> None:
         self._call(self._driver.cuGraphLaunch, graph, self.stream)
@@ -214,8 +234,11 @@ class CudaDevice:
             self._call(driver.cuModuleUnload, self._module)
             if self._own_stream:
                 self._call(driver.cuStreamDestroy, self.stream)
+        self._release()
+
+    def _release(self) -> None:
         if self._primary is not None:
-            self._call(driver.cuDevicePrimaryCtxRelease, self._primary)
+            self._call(self._driver.cuDevicePrimaryCtxRelease, self._primary)
 
     def _call(self, function: Any, *arguments: Any) -> Any:
         """The result of a driver call. Raises EngineError."""

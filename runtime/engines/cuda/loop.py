@@ -34,6 +34,7 @@ TABLES = (  # what the kernels read, in fp32, by their names in `weights.safeten
     "lm_head.masked_embedding",
 )
 ITEMSIZES = {"fp16": 2, "bf16": 2, "fp32": 4}  # of modulation, keys and values, by the precision of products
+GRAPHS = ("modulation", "mask_ratio", "prefix", "step", "head_pass", "decode")
 Floats = NDArray[np.float32]
 _i32, _u64 = np.int32, np.uint64
 
@@ -77,6 +78,8 @@ def buffer_sizes(spec: ModelSpec, profile: Profile, *, itemsize: int, in_place: 
         "head.x": 4 * rows * w, "logits": 8 * rows * k, "known": rows * k, "bits": rows * k,
         "tokens": rows * n * k, "history": rows * n * k,
         "cells": 4 * decoded * spec.image_seq_len * spec.token_size, "image": 12 * decoded * spec.image_size**2,
+        "decode.bits": 4 * profile.decode_images * spec.image_seq_len * spec.token_size,
+        "decode.image": 12 * profile.decode_images * spec.image_size**2,
     }  # fmt: skip
     return {name: -(-size // ALIGNMENT) * ALIGNMENT for name, size in sizes.items()}
 
@@ -108,7 +111,7 @@ class Loop:
 
     def capacity(self, recipe: Recipe) -> int:
         """Images that fit in one batch."""
-        return self._profile.rows // _copies(recipe)
+        return self._profile.rows // copies_of(recipe)
 
     def sample(
         self, batch: Batch, progress: TokenProgress | None = None, history: NDArray[np.uint8] | None = None
@@ -147,8 +150,11 @@ class Loop:
         images = np.empty((len(bits), 3, spec.image_size, spec.image_size), dtype=np.float32)
         on_device = hasattr(bits, "__cuda_array_interface__")
         begin_address = address_of(bits, (len(bits), *shape), np.float32) if on_device else 0
+        producer = bits.__cuda_array_interface__.get("stream") if on_device else None
         size = 4 * spec.image_seq_len * spec.token_size
         with self._device.current():
+            if producer:
+                self._device.wait_for(producer)
             for begin in range(0, len(bits), most):
                 part = images[begin : begin + most]
                 if on_device:
@@ -170,7 +176,7 @@ class Loop:
         latents = np.empty((self._profile.rows, self._spec.head_width), dtype=np.float32)
         with self._device.current():
             self._device.download(self._at["latent"], latents)
-        return np.concatenate([latents[i : i + images] for i in range(0, len(latents), self._images)])
+        return np.concatenate([latents[i * self._images :][:images] for i in range(len(latents) // self._images)])
 
     def close(self) -> None:
         """Release graphs and memory; the device stays."""
@@ -221,8 +227,9 @@ class Loop:
         spec, recipe = self._spec, batch.recipe
         orders = _padded(batch.orders, images)
         classes = _padded(batch.class_ids, images)
-        if _copies(recipe) == 2:
+        if copies_of(recipe) == 2:
             classes = np.concatenate((classes, np.full_like(classes, spec.unconditional_class)))
+        classes = _padded(classes, self._profile.rows)  # an odd row is left over with guidance
         distinct, slots = np.unique(classes, return_inverse=True)
         schedule = Schedule.of(recipe, spec.bits_per_token)
         scales = [guidance_at(n, recipe.guidance, spec.num_tokens) for n in range(spec.num_tokens)]
@@ -233,7 +240,7 @@ class Loop:
         self._upload("mask_ratio", schedule.mask_ratio, np.float32)
         self._upload("remask_count", schedule.remask_count)
         self._upload("guidance", np.array(scales), np.float32)
-        first_targets = spec.prefix_length + np.tile(orders[:, 0], _copies(recipe))
+        first_targets = spec.prefix_length + _padded(np.tile(orders[:, 0], copies_of(recipe)), self._profile.rows)
         return _Placed(classes, slots.reshape(-1), distinct, first_targets)
 
     def _noise(self, batch: Batch, images: int) -> None:
@@ -358,10 +365,11 @@ class Loop:
     def _decode(self, images: int) -> None:
         """Cells of so many images to pixels, as many at a time as the decoder takes."""
         spec, at, together = self._spec, self._at, self._profile.decode_images
-        for begin in range(0, images, together):
-            cells = at["cells"] + begin * 4 * spec.image_seq_len * spec.token_size
-            image = at["image"] + begin * 12 * spec.image_size**2
-            self._graphs.enqueue("decode", {"bits": cells, "image": image})
+        cells, image = 4 * spec.image_seq_len * spec.token_size, 12 * spec.image_size**2  # bytes of one
+        for begin in range(0, images, together):  # through buffers of their own, which are aligned
+            self._device.copy(at["decode.bits"], at["cells"] + begin * cells, together * cells)
+            self._enqueue("decode", {"bits": "decode.bits", "image": "decode.image"})
+            self._device.copy(at["image"] + begin * image, at["decode.image"], together * image)
 
     def _embed(self, prefix: str, positions: int, *, bits: bool, images: int = 1) -> None:
         spec, at = self._spec, self._at
@@ -406,7 +414,9 @@ class Loop:
             if sum(sizes.values()) + self._table_bytes <= free:
                 fits = rows
                 break
-        remedy = f"compile with --batch {fits // 2 or 1}" if fits else "free some memory, or use a smaller model"
+        remedy = f"{fits} rows would fit, compile with --batch {fits // 2}"
+        if fits < 2:
+            remedy = "not one guided image would fit; free some memory, or use a smaller model"
         return (
             f"the loop needs {self.bytes / 2**20:.0f} MiB of device memory for {self._profile.rows} rows (two an image "
             f"with guidance), {free / 2**20:.0f} MiB are free: {remedy}"
@@ -428,7 +438,7 @@ def _chunks(tokens: int, pairs: int, classes: int) -> int:
     return -(-tokens // (pairs // classes))
 
 
-def _copies(recipe: Recipe) -> int:
+def copies_of(recipe: Recipe) -> int:
     """Rows of an image."""
     return 2 if recipe.guidance > 1 else 1
 

@@ -32,7 +32,9 @@ class Profile:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Profile":
         """Inverse of `to_dict`. Raises TypeError, ValueError."""
-        return cls(**{name: int(value) for name, value in values.items()})
+        if not all(isinstance(value, int) and value >= 1 for value in values.values()):
+            raise ValueError(f"sizes must be positive whole numbers: {dict(values)}")
+        return cls(**values)
 
     def to_dict(self) -> dict[str, int]:
         """JSON-ready."""

@@ -1,13 +1,14 @@
 """A GPU that is not there: the loop's device and its compiled graphs, executed on the CPU.
 
-Kernels are those of `kernels.cu`, built for the CPU; graphs are those that TensorRT compiles, run by ONNX Runtime on the
-very addresses they are bound to; a captured graph is a list of what was put into the stream. So everything of the loop
-runs in continuous integration but the driver's calls and TensorRT's own kernels.
+Kernels are those of `kernels.cu`, built for the CPU; graphs are those that TensorRT compiles, run by ONNX Runtime on
+the very addresses they are bound to; a captured graph is a list of what was put into the stream. So everything of the
+loop runs in continuous integration but the driver's calls and TensorRT's own kernels.
 """
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,74 +29,104 @@ from bar_edge.runtime.inspection import linear_layers
 
 from .host import HostKernels
 
+ALIGNMENT = 256  # of what the driver allocates, and of every address that TensorRT accepts
 _GUARD = 64  # bytes behind every allocation that nobody may touch
 _CANARY = 0xA5
+_DTYPES = {TensorProto.FLOAT: np.float32, TensorProto.INT32: np.int32, TensorProto.FLOAT16: np.float16}
+
+Recording = list[Callable[[], None]]
 
 
 class EmulatedDevice:
-    """Memory, stream and kernels on the CPU. `log` has every kernel launch in order."""
+    """Memory, stream and kernels on the CPU.
+
+    `events` names everything that was executed, in order: kernels and graphs by their names, and `upload`, `download`,
+    `copy`, `replay`. Copies must lie within one allocation, and gathered rows within their table.
+    """
 
     threads = 4
     blocks = 2
+    stream = 7
 
     def __init__(self, kernels: HostKernels, memory: int = 2**32) -> None:
         self._kernels, self._memory = kernels, memory
-        self.allocated: dict[int, np.ndarray] = {}
-        self._recording: list[Callable[[], None]] | None = None
-        self.downloads_before_capture_ends = 0
-        self.log: list[str] = []
-        self.replays = 0
+        self._allocated: dict[int, tuple[np.ndarray, int]] = {}  # address -> memory around it, bytes asked for
+        self._recording: Recording | None = None
+        self.events: list[str] = []
+        self.closed = False
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What was asked for and not given back."""
+        return sum(size for _, size in self._allocated.values())
+
+    @property
+    def allocations(self) -> list[int]:
+        """Bytes of every allocation, in order."""
+        return [size for _, size in self._allocated.values()]
 
     def allocate(self, size: int) -> int:
         if size > self.free_bytes():
             raise MemoryError(size)
-        memory = np.zeros(size + _GUARD, dtype=np.uint8)
-        memory[size:] = _CANARY
-        self.allocated[memory.ctypes.data] = memory
-        return memory.ctypes.data
+        memory = np.zeros(ALIGNMENT + size + _GUARD, dtype=np.uint8)
+        address = -(-memory.ctypes.data // ALIGNMENT) * ALIGNMENT
+        self._allocated[address] = (memory, size)
+        self._guard(address)[:] = _CANARY
+        return address
 
     def free(self, address: int) -> None:
         self.check_guards()
-        del self.allocated[address]
+        del self._allocated[address]
 
     def free_bytes(self) -> int:
-        return self._memory - sum(memory.nbytes for memory in self.allocated.values())
+        return self._memory - self.allocated_bytes
 
     def check_guards(self) -> None:
         """Nothing was written behind a buffer."""
-        for memory in self.allocated.values():
-            assert (memory[-_GUARD:] == _CANARY).all(), "a buffer was overrun"
+        for address, (_, size) in self._allocated.items():
+            assert (self._guard(address) == _CANARY).all(), f"a buffer of {size} bytes was overrun"
 
     def upload(self, address: int, array: np.ndarray) -> None:
         assert self._recording is None, "an upload cannot be captured"
         assert array.flags.c_contiguous
-        self.copy(address, array.ctypes.data, array.nbytes)
+        self._check_inside(address, array.nbytes)
+        self.submit("upload", lambda: ctypes.memmove(address, array.ctypes.data, array.nbytes))
 
     def download(self, address: int, array: np.ndarray) -> None:
-        assert self._recording is None and array.flags.c_contiguous
-        self.copy(array.ctypes.data, address, array.nbytes)
+        assert self._recording is None, "a download cannot be captured"
+        assert array.flags.c_contiguous
+        self._check_inside(address, array.nbytes)
+        self.submit("download", lambda: ctypes.memmove(array.ctypes.data, address, array.nbytes))
 
     def copy(self, target: int, source: int, size: int) -> None:
-        self.submit(lambda: ctypes.memmove(target, source, size))
+        self._check_inside(target, size)
+        self._check_inside(source, size)
+        self.submit("copy", lambda: ctypes.memmove(target, source, size))
 
     def launch(self, kernel: str, blocks: int, arguments: Sequence[Any]) -> None:
         frozen = tuple(arguments)
 
         def run() -> None:
-            self.log.append(kernel)
+            if kernel == "gather_rows":
+                _check_gather(*frozen)
             self._kernels.launch(kernel, blocks, self.threads, *frozen)
 
-        self.submit(run)
+        self.submit(kernel, run)
 
-    def submit(self, work: Callable[[], Any]) -> None:
+    def submit(self, name: str, work: Callable[[], Any]) -> None:
         """Put something into the stream: done at once, or recorded."""
-        if self._recording is None:
-            work()
-        else:
-            self._recording.append(work)
 
-    def capture(self, work: Callable[[], None]) -> list[Callable[[], None]]:
-        assert self._recording is None
+        def run() -> None:
+            self.events.append(name)
+            work()
+
+        if self._recording is None:
+            run()
+        else:
+            self._recording.append(run)
+
+    def capture(self, work: Callable[[], None]) -> Recording:
+        assert self._recording is None, "captures do not nest"
         self._recording = []
         try:
             work()
@@ -103,8 +134,9 @@ class EmulatedDevice:
         finally:
             self._recording = None
 
-    def replay(self, graph: list[Callable[[], None]]) -> None:
-        self.replays += 1
+    def replay(self, graph: Recording) -> None:
+        assert self._recording is None, "a replay is not captured"
+        self.events.append("replay")
         for work in graph:
             work()
 
@@ -112,61 +144,114 @@ class EmulatedDevice:
         return nullcontext()
 
     def close(self) -> None:
-        self.check_guards()
+        self.closed = True
+
+    def _guard(self, address: int) -> np.ndarray:
+        memory, size = self._allocated[address]
+        end = address - memory.ctypes.data + size
+        return memory[end : end + _GUARD]
+
+    def _check_inside(self, address: int, size: int) -> None:
+        within = (begin <= address and address + size <= begin + held for begin, (_, held) in self._allocated.items())
+        assert any(within), f"a copy of {size} bytes leaves its buffer"
+
+
+class EmulatedGraph:
+    """One graph, executed on addresses; `shapes` has its inputs and outputs."""
+
+    def __init__(self, model: onnx.ModelProto, folder: Path) -> None:
+        """`folder` holds the weights that the graph reads."""
+        self.name = model.graph.name
+        self.shapes = {value.name: _described(value) for value in [*model.graph.input, *model.graph.output]}
+        self._session = load_session(onnxruntime, model.SerializeToString(), 1, folder)
+
+    def enqueue(self, device: EmulatedDevice, addresses: Mapping[str, int]) -> None:
+        """Put a call into a device's stream."""
+        bound = dict(addresses)
+        assert set(bound) == set(self.shapes), f"{self.name}: {set(bound) ^ set(self.shapes)}"
+        unaligned = [name for name, address in bound.items() if address % ALIGNMENT]
+        assert not unaligned, f"{self.name}: TensorRT takes no such address of {unaligned}"
+        device.submit(self.name, lambda: self._run(bound))
+
+    def _run(self, bound: Mapping[str, int]) -> None:
+        feeds = {value.name: self._view(value.name, bound) for value in self._session.get_inputs()}
+        names = [value.name for value in self._session.get_outputs()]
+        for name, result in zip(names, self._session.run(names, feeds), strict=True):
+            self._view(name, bound)[...] = result
+
+    def _view(self, name: str, bound: Mapping[str, int]) -> np.ndarray:
+        shape, dtype = self.shapes[name]
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return np.frombuffer((ctypes.c_char * size).from_address(bound[name]), dtype=dtype).reshape(shape)
 
 
 class EmulatedGraphs:
-    """The graphs of one profile over a folder of device weights."""
-
-    _DTYPES = {TensorProto.FLOAT: np.float32, TensorProto.INT32: np.int32, TensorProto.FLOAT16: np.float16}
+    """The graphs of one profile."""
 
     def __init__(
-        self, device: EmulatedDevice, profile: Profile, models: Mapping[str, onnx.ModelProto], folder: Path, in_place: bool
+        self,
+        device: EmulatedDevice,
+        profile: Profile,
+        models: Mapping[str, onnx.ModelProto],
+        folder: Path,
+        form: DeviceForm,
     ) -> None:
-        self.profile, self.in_place, self.itemsize = profile, in_place, 4
+        self.profile, self.in_place = profile, form.in_place
+        self.itemsize = np.dtype(_DTYPES[form.dtype]).itemsize
         self._device = device
-        self._shapes: dict[str, dict[str, tuple[tuple[int, ...], Any]]] = {}
-        self._sessions = {}
-        for name, model in models.items():
-            self._sessions[name] = load_session(onnxruntime, model.SerializeToString(), 1, folder)
-            self._shapes[name] = {value.name: self._described(value) for value in [*model.graph.input, *model.graph.output]}
-        self.calls: list[str] = []
+        self._graphs = {name: EmulatedGraph(model, folder) for name, model in models.items()}
 
     def enqueue(self, graph: str, addresses: Mapping[str, int]) -> None:
-        session, shapes, bound = self._sessions[graph], self._shapes[graph], dict(addresses)
-        assert set(bound) == set(shapes), set(bound) ^ set(shapes)
-
-        def run() -> None:
-            self.calls.append(graph)
-            feeds = {value.name: _view(bound[value.name], *shapes[value.name]) for value in session.get_inputs()}
-            names = [value.name for value in session.get_outputs()]
-            for name, result in zip(names, session.run(names, feeds), strict=True):
-                _view(bound[name], *shapes[name])[...] = result
-
-        self._device.submit(run)
+        self._graphs[graph].enqueue(self._device, addresses)
 
     def close(self) -> None:
-        self._sessions.clear()
+        self._graphs.clear()
 
-    def _described(self, value: onnx.ValueInfoProto) -> tuple[tuple[int, ...], Any]:
-        tensor = value.type.tensor_type
-        return tuple(dim.dim_value for dim in tensor.shape.dim), self._DTYPES[tensor.elem_type]
+
+@dataclass(frozen=True)
+class Emulated:
+    """A loop and the device it runs on."""
+
+    loop: Loop
+    device: EmulatedDevice
 
 
 def emulated_loop(
-    bundle: Bundle, kernels: HostKernels, folder: Path, profile: Profile, *, in_place: bool = True
-) -> tuple[Loop, EmulatedDevice, EmulatedGraphs]:
-    """A loop over the graphs of a bundle, products in float32."""
+    bundle: Bundle,
+    kernels: HostKernels,
+    folder: Path,
+    profile: Profile,
+    *,
+    in_place: bool = True,
+    dtype: int = TensorProto.FLOAT,
+    memory: int = 2**32,
+) -> Emulated:
+    """A loop over the graphs of a bundle, on a device of its own; `dtype` is TensorProto's type of products."""
+    form = DeviceForm(dtype, in_place)
+    device = EmulatedDevice(kernels, memory)
+    graphs = EmulatedGraphs(device, profile, device_graphs(bundle, folder, profile, form), folder, form)
+    return Emulated(Loop(bundle.spec, loop_tables(bundle), graphs, device), device)
+
+
+def device_graphs(bundle: Bundle, folder: Path, profile: Profile, form: DeviceForm) -> dict[str, onnx.ModelProto]:
+    """The graphs that TensorRT would compile, and in `folder` the weights they read."""
     tensors = weights.open_weights(bundle.path)
     precisions = linear_layers(weights.read_places(bundle.path / weights.FILE_NAME))
-    places = write(folder, device_weights(tensors, precisions, TensorProto.FLOAT))
-    models = build_tensorrt_graphs(bundle.spec, places, precisions, DeviceForm(TensorProto.FLOAT, in_place), profile)
-    device = EmulatedDevice(kernels)
-    graphs = EmulatedGraphs(device, profile, models, folder, in_place)
-    tables = {name: np.asarray(tensors[name]) for name in TABLES}
-    return Loop(bundle.spec, tables, graphs, device), device, graphs
+    places = write(folder, device_weights(tensors, precisions, form.dtype))
+    return build_tensorrt_graphs(bundle.spec, places, precisions, form, profile)
 
 
-def _view(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return np.frombuffer((ctypes.c_char * size).from_address(address), dtype=dtype).reshape(shape)
+def loop_tables(bundle: Bundle) -> dict[str, np.ndarray]:
+    """What the kernels read of a bundle's weights."""
+    tensors = weights.open_weights(bundle.path)
+    return {name: np.asarray(tensors[name]) for name in TABLES}
+
+
+def _check_gather(_table: int, index: int, _out: int, _pieces: Any, held: np.int32, count: np.int32, *_: Any) -> None:
+    rows = np.frombuffer((ctypes.c_char * (4 * int(count))).from_address(index), dtype=np.int32)
+    assert (rows < held).all(), f"row {rows.max()} of a table of {held} is gathered"
+
+
+def _described(value: onnx.ValueInfoProto) -> tuple[tuple[int, ...], Any]:
+    tensor = value.type.tensor_type
+    return tuple(dim.dim_value for dim in tensor.shape.dim), _DTYPES[tensor.elem_type]

@@ -1,0 +1,107 @@
+"""What every engine on a GPU is: loops of some sizes on one device, and batches in parts that fit them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bar_edge.runtime.engines import Batch, TokenProgress
+from bar_edge.runtime.engines.cuda.device import CudaDevice, DeviceArray
+from bar_edge.runtime.engines.cuda.loop import Graphs, Loop, copies_of
+from bar_edge.runtime.engines.cuda.profile import Profile
+from bar_edge.runtime.errors import CompatibilityError, EngineError
+from bar_edge.runtime.spec import ModelSpec
+
+Floats = NDArray[np.float32]
+
+
+class GpuEngine(ABC):
+    """Samples and decodes on a device. A loop starts when a batch first needs it."""
+
+    def __init__(
+        self, spec: ModelSpec, device: CudaDevice, profiles: Sequence[Profile], tables: Mapping[str, Floats]
+    ) -> None:
+        self.spec, self.device = spec, device
+        self._profiles = sorted(profiles, key=lambda profile: profile.rows)
+        self._tables = tables
+        self._loops: dict[Profile, Loop] = {}
+        self._latents: list[tuple[Floats, int]] = []  # of the parts of the last batch, and their images
+        self._drawn: list[tuple[Loop, int]] = []  # the loops that hold the images drawn last, and how many
+
+    @abstractmethod
+    def graphs(self, profile: Profile) -> Graphs:
+        """The graphs of a profile, loaded; called with the device current."""
+
+    def sample(
+        self, batch: Batch, progress: TokenProgress | None = None, history: NDArray[np.uint8] | None = None
+    ) -> NDArray[np.uint8]:
+        parts = []
+        for loop, begin, part in self._parts(batch):
+            led = None if history is None else history[begin : begin + len(part.class_ids)]
+            parts.append(loop.sample(part, progress, led))
+            self._keep(loop, part)
+        return np.concatenate(parts)
+
+    def draw(self, batch: Batch, progress: TokenProgress | None = None) -> tuple[NDArray[np.uint8], Floats]:
+        drawn, where = [], []
+        for loop, _, part in self._parts(batch):
+            drawn.append(loop.draw(part, progress))
+            self._keep(loop, part)
+            where.append((loop, len(part.class_ids)))
+        self._drawn = where
+        return np.concatenate([bits for bits, _ in drawn]), np.concatenate([images for _, images in drawn])
+
+    def last_latents(self) -> Floats:
+        if not self._latents:
+            raise EngineError("no token was sampled yet")
+        conditional = [latents[:images] for latents, images in self._latents]
+        unconditional = [latents[images:] for latents, images in self._latents]
+        return np.concatenate([*conditional, *unconditional])
+
+    def decode(self, bits: Any) -> Floats:
+        self._drawn = []
+        loop = next(iter(self._loops.values())) if self._loops else self._loop(self._profiles[0])
+        return loop.decode(bits)
+
+    def images_on_device(self) -> DeviceArray:
+        """The images [B, 3, H, W] drawn last, float32 as the decoder leaves them; valid until the next call."""
+        if not self._drawn:
+            raise EngineError("nothing was drawn since the last call")
+        if len(self._drawn) > 1:
+            raise EngineError(
+                f"the batch was drawn in {len(self._drawn)} parts, so its images are not together on the device; "
+                f"draw at most {self._drawn[0][1]} at once"
+            )
+        loop, images = self._drawn[0]
+        return loop.images_on_device(images, self.device.stream)
+
+    def close(self) -> None:
+        for loop in self._loops.values():
+            loop.close()
+        self._loops.clear()
+        self._drawn.clear()
+        self.device.close()
+
+    def _keep(self, loop: Loop, part: Batch) -> None:
+        images = len(part.class_ids)
+        self._latents.append((loop.last_latents(images), images))
+
+    def _parts(self, batch: Batch) -> Iterator[tuple[Loop, int, Batch]]:
+        """The batch in parts that fit: in the smallest loop that holds it, or the largest several times."""
+        count, copies = len(batch.class_ids), copies_of(batch.recipe)
+        profile = next((one for one in self._profiles if one.rows // copies >= count), self._profiles[-1])
+        capacity = profile.rows // copies
+        if capacity < 1:
+            raise CompatibilityError("these engines have one row, guidance needs two; compile for guided images")
+        self._latents, self._drawn = [], []
+        for begin in range(0, count, capacity):
+            yield self._loop(profile), begin, batch.part(begin, min(count, begin + capacity))
+
+    def _loop(self, profile: Profile) -> Loop:
+        if profile not in self._loops:
+            with self.device.current():
+                graphs = self.graphs(profile)
+            self._loops[profile] = Loop(self.spec, self._tables, graphs, self.device)
+        return self._loops[profile]
