@@ -1,7 +1,7 @@
 # Everything lives in .venv; `make demo` and `make test` are all the set-up there is.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(wildcard runtime/*.py runtime/*/*.py export/*.py calibration/*.py benchmarks/*.py)
+SOURCES := $(wildcard runtime/*.py runtime/*/*.py runtime/*/*/*.py runtime/*/*/*.cu export/*.py calibration/*.py benchmarks/*.py)
 
 .PHONY: demo test lint clean
 
@@ -20,7 +20,7 @@ lint: .venv/installed
 .venv/dependencies: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt '.[export,calibration,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt '.[bench,export,calibration,dev]'
 	$(BIN)/pip uninstall --quiet --yes bar-edge
 	touch $@
 

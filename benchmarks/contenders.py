@@ -1,99 +1,228 @@
-"""Contenders of the harness: the PyTorch reference, the runtime, and the machine's memory."""
+"""Who takes part: the PyTorch reference, a bundle on an engine, and the machine itself.
+
+Objects of these classes live in a process of their own (`measure.py`); everything they are asked for draws whole images
+of classes 0, 1, 2, … with seeded noise, so that all of them draw the same ones.
+"""
 
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from bar_edge.benchmarks.measure import Samples
+from bar_edge.benchmarks import profiles, traffic
+from bar_edge.runtime import selftest
+from bar_edge.runtime.bundle import Bundle
+from bar_edge.runtime.engines import TokenProgress
 from bar_edge.runtime.generator import Generator
-from bar_edge.runtime.noise import SeededNoise
+from bar_edge.runtime.noise import NoiseSource, SeededNoise
+from bar_edge.runtime.sampling import to_fine_grid, to_uint8
+from bar_edge.runtime.spec import ModelSpec, Recipe
 
-_SEED = 3
-
-
-class _EnoughError(Exception):
-    """Raised by the progress callback to end an image after the tokens that are timed."""
+Bits = NDArray[np.uint8]
 
 
-def pytorch(
-    generator: str, tokenizer: str, config: str | None, batch: int, tokens: int, threads: int, dtype: str = "float32"
-) -> Callable[[], Samples]:
-    """The reference model in eager PyTorch. `tokens` 0 draws and decodes whole images."""
-    import torch
+@dataclass(frozen=True)
+class Drawn:
+    """One batch.
 
-    from bar_edge.export.checkpoint import load_checkpoint
-    from bar_edge.export.model import build_decoder, build_generator, generate_bits
-    from bar_edge.runtime.sampling import to_fine_grid, to_uint8
+    `seconds` are samples of image (the whole batch, per image: noise, prefix, tokens, decoder, pixels), first_token
+    (from the request on), token (between two), and decode (from the last token to pixels).
+    """
 
-    torch.set_num_threads(threads)
-    checkpoint = load_checkpoint(Path(generator), Path(tokenizer), Path(config) if config else None)
-    kind = getattr(torch, dtype)
-    model, decoder = build_generator(checkpoint, kind), build_decoder(checkpoint, kind)
-    class_ids = [i % checkpoint.spec.num_classes for i in range(batch)]
-    noise = SeededNoise(_SEED, range(batch))
+    bits: Bits  # [B, cells, token_size]
+    pixels: NDArray[np.uint8]  # [B, H, W, 3]
+    seconds: dict[str, list[float]]
 
-    def sample(progress: Callable[[int, int], None]) -> np.ndarray:
-        return to_fine_grid(
-            generate_bits(model, class_ids, checkpoint.recipe, noise, progress).numpy(), checkpoint.spec
+
+@dataclass(frozen=True)
+class Judgement:
+    """Bits beside what the reference draws from the same past with the same noise."""
+
+    differing_bits: int
+    total_bits: int
+    tokens_differing: int
+    tokens_unexplained: int  # differ although no decision was a floating-point tie
+
+
+class PyTorch:
+    """The reference model of `export/model.py`: eager as the authors run it, or compiled over a static cache."""
+
+    def __init__(
+        self,
+        *,
+        generator: str,
+        tokenizer: str,
+        config: str | None,
+        recipe: dict[str, Any],
+        threads: int,
+        dtype: str,
+        compiled: bool,
+    ) -> None:
+        import torch
+
+        from bar_edge.export.checkpoint import load_checkpoint
+        from bar_edge.export.model import build_decoder, build_generator
+
+        torch.set_num_threads(threads)
+        checkpoint = load_checkpoint(Path(generator), Path(tokenizer), Path(config) if config else None)
+        kind = getattr(torch, dtype)
+        self._torch, self._compiled = torch, compiled
+        self._spec = checkpoint.spec
+        self._recipe = Recipe(recipe["guidance"], recipe["temperature"], tuple(recipe["allocation"]))
+        self._model, self._decoder = build_generator(checkpoint, kind), build_decoder(checkpoint, kind)
+        self._traffic = traffic.of_modules(self._model, self._decoder, len(self._recipe.allocation))
+        self._samplers: dict[int, Any] = {}
+
+    def spec(self) -> ModelSpec:
+        """Of the checkpoint."""
+        return self._spec
+
+    def draw(self, images: int, seed: int) -> Drawn:
+        """Draw, decode and time one batch."""
+
+        def draw(
+            class_ids: NDArray[np.int64], noise: NoiseSource, progress: TokenProgress
+        ) -> tuple[Bits, NDArray[np.uint8]]:
+            bits = self._sample(class_ids, noise, progress)
+            return bits, to_uint8(self._decode(bits))
+
+        return _timed(draw, self._spec, images, seed)
+
+    def judge(self, bits: Bits, seed: int) -> Judgement:
+        """Repeat the decisions behind someone's `bits` [B, cells, token_size]."""
+        from bar_edge.export.replay import replay
+
+        class_ids, noise = _request(self._spec, len(bits), seed)
+        found = replay(self._model, bits, class_ids.tolist(), self._recipe, noise)
+        return Judgement(
+            int(found.differing_bits.sum()), bits.size, int((found.differing_bits > 0).sum()), found.unexplained
         )
 
-    def decode(bits: np.ndarray) -> None:
-        with torch.inference_mode():
-            to_uint8(decoder(torch.from_numpy(bits)).float().numpy())
+    def profile(self, images: int, seed: int) -> dict[str, Any]:
+        """Where the time of one image goes (`profiles.StageSplit` as a dict)."""
+        class_ids, noise = _request(self._spec, images, seed)
+        owner = self._sampler(images) if self._compiled else self._model
+        split = profiles.split_pytorch(
+            owner, self._sample, self._decode, self._spec, self._recipe, class_ids, noise, compiled=self._compiled
+        )
+        return asdict(split)
 
-    return _timed(sample, decode, tokens)
+    def traffic(self, images: int) -> dict[str, Any]:
+        """Least bytes and operations of a batch, by stage."""
+        return {name: asdict(work) for name, work in self._traffic.of_batch(self._spec, self._recipe, images).items()}
+
+    def _sample(self, class_ids: NDArray[np.int64], noise: NoiseSource, progress: TokenProgress | None) -> Bits:
+        from bar_edge.export.model import generate_bits
+
+        if self._compiled:
+            drawn = self._sampler(len(class_ids)).sample(class_ids.tolist(), noise, progress)
+        else:
+            drawn = generate_bits(self._model, class_ids.tolist(), self._recipe, noise, progress)
+        bits: Bits = to_fine_grid(drawn.numpy(), self._spec)
+        return bits
+
+    def _decode(self, bits: Bits) -> NDArray[np.float32]:
+        with self._torch.inference_mode():
+            pixels: NDArray[np.float32] = self._decoder(self._torch.from_numpy(bits)).float().numpy()
+        return pixels
+
+    def _sampler(self, images: int) -> Any:
+        """The static cache is of one batch size: asking for another one compiles again."""
+        from bar_edge.benchmarks.static_cache import StaticCacheSampler
+
+        if images not in self._samplers:
+            self._samplers = {images: StaticCacheSampler(self._model, images, self._recipe)}
+        return self._samplers[images]
 
 
-def runtime(bundle: str, engine: str, batch: int, tokens: int, threads: int) -> Callable[[], Samples]:
-    """A bundle on an engine. `tokens` 0 draws and decodes whole images."""
-    bar = Generator(bundle, engine=engine, threads=threads)
-    class_ids = np.arange(batch) % bar.spec.num_classes
-    noise = SeededNoise(_SEED, range(batch))
-    return _timed(lambda progress: bar.sample(class_ids, bar.bundle.recipe, noise, progress), bar.decode, tokens)
+class OnEngine:
+    """A bundle on an engine."""
+
+    def __init__(self, *, bundle: str, engine: str, threads: int) -> None:
+        self._bundle, self._threads = Bundle.open(bundle), threads
+        self._bar: Generator | None = Generator(self._bundle, engine=engine, threads=threads)
+        self._engine = engine
+        self._traffic = traffic.of_bundle(self._bundle)
+
+    def self_test(self) -> dict[str, Any]:
+        """The bundle's own record of what the reference drew (`selftest.SelfTest` as a dict)."""
+        return selftest.run(self._running()).to_dict()
+
+    def draw(self, images: int, seed: int) -> Drawn:
+        """Draw, decode and time one batch."""
+        bar = self._running()
+
+        def draw(
+            class_ids: NDArray[np.int64], noise: NoiseSource, progress: TokenProgress
+        ) -> tuple[Bits, NDArray[np.uint8]]:
+            bits, pictures = bar.draw(class_ids, self._bundle.recipe, noise, progress)
+            return bits, np.stack([np.asarray(picture) for picture in pictures])
+
+        return _timed(draw, self._bundle.spec, images, seed)
+
+    def profile(self, images: int, seed: int) -> dict[str, Any]:
+        """Where the time of one image goes. The engine is closed first: this is the last thing to ask for."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        class_ids, noise = _request(self._bundle.spec, images, seed)
+        return asdict(profiles.split_bundle(self._bundle, self._engine, self._threads, class_ids, noise))
+
+    def traffic(self, images: int) -> dict[str, Any]:
+        """Least bytes and operations of a batch, by stage."""
+        works = self._traffic.of_batch(self._bundle.spec, self._bundle.recipe, images)
+        return {name: asdict(work) for name, work in works.items()}
+
+    def _running(self) -> Generator:
+        assert self._bar is not None, "timed after it was profiled"
+        return self._bar
 
 
-def memory(threads: int, mebibytes: int = 1024) -> Callable[[], Samples]:
-    """Read bandwidth of the machine: a reduction over a buffer far larger than any cache, one slice a thread."""
-    buffer = np.ones((threads, mebibytes * 2**20 // 8 // threads), dtype=np.uint64)
-    pool = ThreadPoolExecutor(threads)
+class Machine:
+    """What the machine can do at best: read memory, and multiply fp32 matrices."""
 
-    def run() -> Samples:
+    def __init__(self, *, threads: int, mebibytes: int = 1024, matrix: int = 2048) -> None:
+        self._buffer = np.ones((threads, mebibytes * 2**20 // 8 // threads), dtype=np.uint64)
+        self._pool = ThreadPoolExecutor(threads)
+        self._matrix = np.ones((matrix, matrix), dtype=np.float32)
+
+    def bytes_per_second(self) -> float:
+        """A reduction over a buffer far larger than any cache, one slice a thread."""
         begin = time.perf_counter()
-        list(pool.map(np.bitwise_or.reduce, buffer))  # 64 GB/s where a dot product reached 32
-        return {"bytes_per_second": [buffer.nbytes / (time.perf_counter() - begin)]}
+        list(self._pool.map(np.bitwise_or.reduce, self._buffer))  # 64 GB/s where a dot product reached 32
+        return self._buffer.nbytes / (time.perf_counter() - begin)
 
-    return run
+    def flops_per_second(self) -> float:
+        """numpy's fp32 matrix product."""
+        begin = time.perf_counter()
+        self._matrix @ self._matrix
+        return 2 * len(self._matrix) ** 3 / (time.perf_counter() - begin)
+
+
+def _request(spec: ModelSpec, images: int, seed: int) -> tuple[NDArray[np.int64], SeededNoise]:
+    return np.arange(images) % spec.num_classes, SeededNoise(seed, range(images))
 
 
 def _timed(
-    sample: Callable[[Callable[[int, int], None]], np.ndarray], decode: Callable[[np.ndarray], object], tokens: int
-) -> Callable[[], Samples]:
-    """Times between tokens; with whole images also the first token (prefix included), the decoder and the image."""
-
-    def run() -> Samples:
-        begin = time.perf_counter()
-        stamps: list[float] = []
-
-        def progress(done: int, total: int) -> None:
-            stamps.append(time.perf_counter())
-            if done == tokens and done < total:
-                raise _EnoughError
-
-        try:
-            bits = sample(progress)
-        except _EnoughError:
-            return {"token": np.diff(stamps).tolist(), "first_token": [stamps[0] - begin]}
-        sampled = time.perf_counter()
-        decode(bits)
-        end = time.perf_counter()
-        return {
-            "token": np.diff(stamps).tolist(),
-            "first_token": [stamps[0] - begin],
-            "decode": [end - sampled],
-            "image": [(end - begin) / len(bits)],
-        }
-
-    return run
+    draw: Callable[[NDArray[np.int64], NoiseSource, TokenProgress], tuple[Bits, NDArray[np.uint8]]],
+    spec: ModelSpec,
+    images: int,
+    seed: int,
+) -> Drawn:
+    class_ids, noise = _request(spec, images, seed)
+    stamps: list[float] = []
+    begin = time.perf_counter()
+    bits, pixels = draw(class_ids, noise, lambda done, total: stamps.append(time.perf_counter()))
+    end = time.perf_counter()
+    seconds = {
+        "image": [(end - begin) / images],
+        "first_token": [stamps[0] - begin],
+        "token": np.diff(stamps).tolist(),
+        "decode": [end - stamps[-1]],
+    }
+    return Drawn(bits, pixels, seconds)

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 from rich.table import Table
 
-from bar_edge.benchmarks.contenders import memory
+from bar_edge.benchmarks.contenders import Machine
 from bar_edge.benchmarks.measure import save, stamp
 from bar_edge.runtime.engines.onnxruntime import cpu_count
 
@@ -118,7 +118,7 @@ def main(
 ) -> None:
     """Measure every form at every shape, print the table, write the JSON."""
     console, threads = Console(), threads or cpu_count()
-    bandwidth = memory(threads)
+    best = Machine(threads=threads)
     table = Table(title="G weights/s at 2 and 16 rows")
     table.add_column("form")
     for shape in SHAPES:
@@ -130,7 +130,7 @@ def main(
             for shape in SHAPES:
                 status.update(f"{form}, {shape}")
                 rates = weights_per_second(form, shape, threads)
-                read = bandwidth()["bytes_per_second"][0]
+                read = best.bytes_per_second()
                 figures[form]["x".join(map(str, shape))] = {"rows": rates, "memory_bytes_per_second": read}
             cells = [f"{e['rows'][2] / 1e9:.1f} / {e['rows'][16] / 1e9:.1f}" for e in figures[form].values()]
             table.add_row(form, *cells)

@@ -1,6 +1,6 @@
 """Write a checkpoint with random weights in the shapes of a published variant, for timing without the real files.
 
-    python -m bar_edge.benchmarks.random_checkpoint bar_b -o /tmp/bar_b
+    python -m bar_edge.benchmarks.random_checkpoint bar_b -o bar_b-random
 
 makes generator.bin, tokenizer.bin and config.yaml. Nothing is zero by initialization, activations keep a scale of
 about one, and the rotary tables are the real ones, so numbers stay finite and every product is really done.

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from bar_edge.benchmarks import latency
+from bar_edge.benchmarks import bench, tables
+from bar_edge.benchmarks.plan import Baseline, Plan
 from bar_edge.calibration.frechet import judge
 from bar_edge.calibration.quantizer import quantize_bundle
 from bar_edge.calibration.trajectories import collect, make_plan
@@ -18,7 +19,6 @@ from bar_edge.export.exporter import export_bundle
 from bar_edge.export.verification import compare
 from bar_edge.runtime import selftest
 from bar_edge.runtime.bundle import Bundle
-from bar_edge.runtime.engines.onnxruntime import cpu_count
 from bar_edge.runtime.errors import EngineError, RequestError
 from bar_edge.runtime.generator import Drawn, Generator
 from bar_edge.runtime.pictures import contact_sheet, save_png
@@ -54,13 +54,14 @@ def run(output: Path, *, force: bool, console: Console, progress: Callable[[], A
                     f"{name}: {found.accuracy:.1%} of {found.images} digits are read as the digit asked for, "
                     f"Fréchet distance to real digits {found.frechet:.0f}"
                 )
-        with console.status("timing") as status:
-            sources = {name: str(folder / f"{name}.bin") for name in ("generator", "tokenizer")}
-            report = latency.compare(
-                {**sources, "config": str(folder / "config.yaml")}, [exact.path, int8.path],
-                batch=1, tokens=0, rounds=_TIMED_ROUNDS, threads=cpu_count(), progress=status.update,
+        with progress() as bar:
+            sources = (folder / "generator.bin", folder / "tokenizer.bin", folder / "config.yaml")
+            plan = Plan.of(
+                [exact, int8], baseline=Baseline(*sources, forms=("fp32",)), engines=("onnxruntime",), batch_sizes=(1,),
+                rounds=_TIMED_ROUNDS, warmup=1, threads=0, seed=SEED, command="bar-edge demo",
             )  # fmt: skip
-    console.print(latency.table(report))
+            report, _ = bench.run(plan, bar)
+    console.print(next(tables.tables(report)))
     console.print("this model is tiny: what an image costs here is mostly not its weights (see docs/performance.md)")
     console.print(f"look at {output / 'digits.png'} and {output / 'fp32-and-int8.png'}")
 

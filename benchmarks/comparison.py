@@ -1,0 +1,108 @@
+"""What moved between two reports, beyond the noise that their own samples show.
+
+Noise is the scatter within each run (`figures.change`). Drift of the machine between runs is another matter: the
+machine's own bandwidth, measured in every round of both, is compared in the same way and told first.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from bar_edge.benchmarks.bench import FORMAT, FORMAT_VERSION
+from bar_edge.benchmarks.figures import Change, change
+from bar_edge.benchmarks.tables import compact, number
+from bar_edge.runtime.errors import RequestError
+
+_FIGURES = {"image": "image", "first_token": "first token", "decode": "decode"}
+
+
+@dataclass(frozen=True)
+class Movement:
+    """One figure of one contender in both reports. `change` is None where there are too few samples to judge."""
+
+    contender: str
+    batch_size: int
+    figure: str
+    before: float  # median, seconds
+    after: float
+    change: Change | None
+
+    @property
+    def verdict(self) -> str:
+        """faster, slower, within noise, or too few samples."""
+        if self.change is None:
+            return "too few samples"
+        if not self.change.beyond_noise:
+            return "within noise"
+        return "slower" if self.change.ratio > 1 else "faster"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A report's JSON. Raises RequestError if it is none that this version reads."""
+    try:
+        report = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise RequestError(
+            f"{path}: cannot be read as JSON ({error}); give a report.json of `bar-edge bench`"
+        ) from error
+    if not isinstance(report, dict) or report.get("format") != FORMAT:
+        raise RequestError(f"{path}: not a report of `bar-edge bench`; give its report.json")
+    if report.get("format_version") != FORMAT_VERSION:
+        raise RequestError(
+            f"{path}: report format {report.get('format_version')!r}, this version reads {FORMAT_VERSION}; run it again"
+        )
+    return report
+
+
+def movements(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Movement]:
+    """Every figure that both reports have."""
+    old = dict(_batches(before))
+    for key, batch in _batches(after):
+        if key not in old:
+            continue
+        for figure in _FIGURES:
+            a, b = old[key][figure], batch[figure]
+            yield Movement(*key, figure, a["p50"], b["p50"], change(a["samples"], b["samples"]))
+
+
+def remarks(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What keeps the two from being comparable, and who is in one only."""
+    found = []
+    for what in ("machine", "settings", "versions"):
+        differing = [key for key in before[what] if before[what][key] != after[what].get(key)]
+        if differing:
+            told = ", ".join(f"{key} {before[what][key]} then {after[what].get(key)}" for key in differing)
+            found.append(f"{what} differ: {told}")
+    drift = change(*(report["machine_best"]["bytes_per_second"]["samples"] for report in (before, after)))
+    if drift is not None and drift.beyond_noise:
+        found.append(f"the machine itself moved: it read memory at {drift.ratio:.2f} × the speed of the first run")
+    timed = [{f"{name} at batch {size}" for (name, size), _ in _batches(report)} for report in (before, after)]
+    for which, others, here in (("first", timed[1], timed[0]), ("second", timed[0], timed[1])):
+        if only := sorted(here - others):
+            found.append(f"timed in the {which} report only: {', '.join(only)}")
+    return found
+
+
+def table(moved: list[Movement]) -> Table:
+    """For the terminal."""
+    result = compact("medians in ms, and the second as a multiple of the first", "before", "after", "ratio", "95 %")
+    result.add_column("figure: verdict")
+    colours = {"slower": "red", "faster": "green"}
+    for one in moved:
+        interval = f"{one.change.low:.3f} to {one.change.high:.3f}" if one.change else "-"
+        result.add_row(
+            one.contender, str(one.batch_size), number(one.before * 1e3), number(one.after * 1e3),
+            f"{one.after / one.before:.3f}", interval,
+            f"{_FIGURES[one.figure]}: [{colours.get(one.verdict, 'default')}]{one.verdict}[/]",
+        )  # fmt: skip
+    return result
+
+
+def _batches(report: Mapping[str, Any]) -> Iterator[tuple[tuple[str, int], Mapping[str, Any]]]:
+    for entry in report["contenders"]:
+        for batch in entry.get("batches", ()):
+            yield (entry["name"], batch["batch_size"]), batch

@@ -1,0 +1,92 @@
+"""The bytes a batch cannot avoid reading and the operations it cannot avoid, by stage: one side of the roofline.
+
+Weights once per use (a token, a head pass, an image; docs/model.md section 6) and the filled part of the KV cache once
+per token. Activations, and the copies that a growing cache makes, are not counted: the figures are what a perfect
+implementation would still read.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bar_edge.runtime import weights
+from bar_edge.runtime.bundle import Bundle
+from bar_edge.runtime.inspection import bytes_per_token
+from bar_edge.runtime.spec import ModelSpec, Recipe
+from bar_edge.runtime.weights import StoredTensor
+
+_CACHE_ITEM = 4  # bytes: every engine keeps an fp32 cache today
+_HEAD = "lm_head."
+_DECODER = ("decoder.", "quantize.")
+_PARTS = (".weight", ".weight_int8", ".weight_blocks8", ".weight_blocks4")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one batch."""
+
+    bytes: int
+    flops: int  # additions and multiplications of the linear layers
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Weight bytes and weights read per token in the trunk and head, and per batch in the decoder."""
+
+    trunk: tuple[int, int]
+    head: tuple[int, int]
+    decode: tuple[int, int]
+    cache_item: int = _CACHE_ITEM
+
+    def of_batch(self, spec: ModelSpec, recipe: Recipe, images: int) -> dict[str, Work]:
+        """Work of a batch by stage: trunk, head and decode."""
+        rows = images * (2 if recipe.guidance > 1 else 1)
+        tokens = spec.num_tokens
+        position = 2 * spec.num_layers * spec.hidden_size * self.cache_item  # keys and values of a row
+        cache = rows * position * sum(range(spec.prefix_length, spec.prefix_length + tokens))
+        (trunk_bytes, trunk), (head_bytes, head), (decode_bytes, decode) = self.trunk, self.head, self.decode
+        return {
+            "trunk": Work(tokens * trunk_bytes + cache, 2 * tokens * rows * trunk),
+            "head": Work(tokens * head_bytes, 2 * tokens * rows * head),
+            "decode": Work(decode_bytes, 2 * images * spec.image_seq_len * decode),
+        }
+
+
+def of_bundle(bundle: Bundle) -> Traffic:
+    """From the sizes of the stored weights."""
+    places = weights.read_places(bundle.path / weights.FILE_NAME)
+    passes = len(bundle.recipe.allocation)
+    head = {name: place for name, place in places.items() if name.startswith(_HEAD)}
+    trunk = {name: place for name, place in places.items() if name not in head}
+    decoder = {name: place for name, place in places.items() if name.startswith(_DECODER)}
+    return Traffic(
+        trunk=(bytes_per_token(trunk, passes), _weights_per_token(trunk, passes)),
+        head=(bytes_per_token(head, passes), _weights_per_token(head, passes)),
+        decode=(sum(place.length for place in decoder.values()), sum(map(_weights, decoder, decoder.values()))),
+    )
+
+
+def of_modules(generator: Any, decoder: Any, passes: int) -> Traffic:
+    """From the parameters of the PyTorch reference, which computes modulation in the loop, the head's in every pass."""
+    loop = (generator.blocks, generator.input_merge, generator.latent_condition_proj)
+    trunk = [parameter for module in loop for parameter in module.parameters()]
+    head = list(generator.lm_head.parameters())
+
+    def read(parameters: list[Any], times: int = 1) -> tuple[int, int]:
+        matrices = sum(p.numel() for p in parameters if p.ndim >= 2)
+        return times * sum(p.numel() * p.element_size() for p in parameters), times * matrices
+
+    return Traffic(read(trunk), read(head, passes), read(list(decoder.parameters())), trunk[0].element_size())
+
+
+def _weights_per_token(places: Mapping[str, StoredTensor], passes: int) -> int:
+    return sum(
+        _weights(name, place) * bytes_per_token({name: place}, passes) // place.length for name, place in places.items()
+    )
+
+
+def _weights(name: str, place: StoredTensor) -> int:
+    """Elements of a weight matrix, 0 for anything else."""
+    if len(place.shape) < 2 or not name.endswith(_PARTS):
+        return 0
+    return place.length // place.dtype.itemsize * (2 if name.endswith("blocks4") else 1)

@@ -1,0 +1,76 @@
+"""What moved between two reports."""
+
+import copy
+import json
+import re
+
+import pytest
+
+from bar_edge.benchmarks import comparison
+from bar_edge.benchmarks.figures import summarize
+from bar_edge.runtime.errors import RequestError
+
+EXACT = "bundle, onnxruntime"
+
+
+def scaled(report, name, factor):
+    """The report, with every image of a contender taking `factor` times as long."""
+    other = copy.deepcopy(report)
+    for batch in next(entry for entry in other["contenders"] if entry["name"] == name)["batches"]:
+        samples = [factor * seconds for seconds in batch["image"]["samples"]]
+        batch["image"] = {**summarize(samples), "samples": samples}
+    return other
+
+
+@pytest.fixture
+def steady(measured):
+    """A report whose images scatter by 2 %, so that what is noise does not depend on this machine's day."""
+    report = copy.deepcopy(measured[0])
+    for entry in report["contenders"]:
+        for batch in entry.get("batches", ()):
+            for figure in ("image", "first_token", "decode"):
+                samples = [1 + 0.004 * i for i in range(6)]
+                batch[figure] = {**summarize(samples), "samples": samples}
+    return report
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1.3, "slower"), (0.7, "faster"), (1.002, "within noise")])
+def test_only_what_leaves_the_noise_has_moved(steady, factor, verdict):
+    found = list(comparison.movements(steady, scaled(steady, EXACT, factor)))
+    verdicts = {(one.contender, one.figure): one.verdict for one in found}
+    assert verdicts[EXACT, "image"] == verdict
+    assert {v for key, v in verdicts.items() if key != (EXACT, "image")} == {"within noise"}
+
+
+def test_few_samples_are_not_judged(steady):
+    for entry in steady["contenders"]:
+        for batch in entry.get("batches", ()):
+            batch["image"]["samples"] = batch["image"]["samples"][:2]
+    found = comparison.movements(steady, scaled(steady, EXACT, 3))
+    assert {one.verdict for one in found if one.figure == "image"} == {"too few samples"}
+
+
+def test_what_differs_besides_is_told(steady):
+    other = copy.deepcopy(steady)
+    other["machine"]["cpu"] = "another"
+    other["contenders"] = [entry for entry in other["contenders"] if entry["name"] != EXACT]
+    samples = [rate / 2 for rate in steady["machine_best"]["bytes_per_second"]["samples"]]
+    steady["machine_best"]["bytes_per_second"]["samples"] = [8e9 + i for i in range(len(samples))]
+    other["machine_best"]["bytes_per_second"]["samples"] = [4e9 + i for i in range(len(samples))]
+    remarks = "\n".join(comparison.remarks(steady, other))
+    assert re.search(r"machine differ: cpu .* then another", remarks)
+    assert "0.50 × the speed" in remarks
+    assert f"timed in the first report only: {EXACT} at batch 1, {EXACT} at batch 2" in remarks
+    assert comparison.remarks(steady, steady) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "cannot be read as JSON"), ("[]", "not a report"), ('{"format": "other"}', "not a report"),
+     (json.dumps({"format": "bar-edge bench", "format_version": 99}), "report format 99")],
+)  # fmt: skip
+def test_other_files_are_refused(tmp_path, text, message):
+    path = tmp_path / "report.json"
+    path.write_text(text)
+    with pytest.raises(RequestError, match=message):
+        comparison.read(path)

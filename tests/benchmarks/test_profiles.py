@@ -1,0 +1,88 @@
+"""The split by stage: every node has one, and the parts add up to the whole."""
+
+import numpy as np
+import pytest
+
+from bar_edge.benchmarks import profiles
+from bar_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from bar_edge.runtime.errors import BarEdgeError
+from bar_edge.runtime.noise import SeededNoise
+from bar_edge.runtime.sampling import to_fine_grid
+
+
+def test_nodes_are_told_apart_by_what_they_compute(small):
+    stages = profiles.stages_of_nodes(small.bundle.graph("onnxruntime_step"))
+    assert {stages[f"attention.{i}"] for i in range(small.spec.num_layers)} == {"trunk"}
+    assert {stage for name, stage in stages.items() if name.startswith("TopK")} == {"sampling"}
+    assert set(stages.values()) == {"trunk", "head", "sampling"}
+
+
+def test_every_linear_layer_of_trunk_and_head_is_in_its_stage(small):
+    import onnx
+
+    path = small.bundle.graph("onnxruntime_step")
+    stages = profiles.stages_of_nodes(path)
+    graph = onnx.load(path, load_external_data=False).graph
+    body = next(a.g for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH)
+    for node in [*graph.node, *body.node]:
+        for name in node.input:
+            if name.endswith(".weight") and node.op_type == "Gemm":
+                assert stages[node.name] == ("head" if name.startswith("lm_head.") else "trunk"), name
+
+
+@pytest.mark.parametrize("which", ["fp32", "int8"])
+def test_a_bundle_is_split_into_stages_that_add_up(small, which):
+    bundle = small.bundle if which == "fp32" else small.quantized(which)
+    split = profiles.split_bundle(bundle, "onnxruntime", 1, np.arange(2), SeededNoise(0, range(2)))
+    assert tuple(split.seconds) == profiles.STAGES
+    assert all(seconds > 0 for seconds in split.seconds.values())
+    assert sum(split.seconds.values()) == pytest.approx(split.wall_seconds)
+    assert split.overhead > 0
+
+
+def test_the_profiled_engine_draws_the_same(small, tmp_path):
+    batch = profiles._batch(small.bundle, np.arange(2), SeededNoise(3, range(2)))
+    profiled, plain = profiles._ProfiledEngine(small.bundle, 1, tmp_path), OnnxRuntimeEngine(small.bundle, 1)
+    assert np.array_equal(profiled.sample(batch), plain.sample(batch))
+    assert profiled.step_events()
+    profiled.close()
+    plain.close()
+
+
+def test_an_engine_that_does_not_tell_is_said_so(small):
+    with pytest.raises(BarEdgeError, match="tensorrt does not tell"):
+        profiles.split_bundle(small.bundle, "tensorrt", 1, np.arange(1), SeededNoise(0, range(1)))
+
+
+def test_the_reference_is_split_and_left_as_it_was(small):
+    from bar_edge.export.model import generate_bits
+
+    recipe, spec = small.checkpoint.recipe, small.spec
+
+    def sample(class_ids, noise, progress):
+        return to_fine_grid(generate_bits(small.reference, class_ids.tolist(), recipe, noise).numpy(), spec)
+
+    def decode(bits):
+        return np.zeros((len(bits), 3, 4, 4), dtype=np.float32)
+
+    request = (np.arange(2), SeededNoise(0, range(2)))
+    split = profiles.split_pytorch(small.reference, sample, decode, spec, recipe, *request, compiled=False)
+    assert set(split.seconds) == set(profiles.STAGES)
+    assert sum(split.seconds.values()) == pytest.approx(split.wall_seconds, rel=0.01)
+    assert split.overhead is None
+    assert not {"prefix_latents", "token_latents"} & small.reference.__dict__.keys()
+    assert "forward" not in small.reference.lm_head.__dict__
+
+
+def test_kernels_are_given_to_runs_and_made_up_nodes_to_their_neighbours():
+    def kernel(name, ts, dur=1, op="Gemm"):
+        return {"name": f"{name}_kernel_time", "ts": ts, "dur": dur, "args": {"op_name": op}}
+
+    events = [
+        {"name": "model_run", "ts": 0, "dur": 10}, kernel("a", 1), kernel("made up", 3, 2), kernel("b", 6, 4),
+        {"name": "model_run", "ts": 20, "dur": 10}, kernel("b", 21, 8, op="Scan"), kernel("b", 22, 3),
+    ]  # fmt: skip
+    first, second = profiles._runs(events)
+    stages = {"a": "trunk", "b": "head"}
+    assert profiles._by_stage(first, stages) == pytest.approx({"trunk": 3e-6, "head": 4e-6})
+    assert profiles._by_stage(second, stages) == pytest.approx({"head": 3e-6})

@@ -1,0 +1,44 @@
+"""Bytes and operations that a batch cannot avoid."""
+
+import pytest
+
+from bar_edge.benchmarks import traffic
+from bar_edge.runtime import weights
+from bar_edge.runtime.inspection import bytes_per_token
+from bar_edge.runtime.spec import Recipe
+
+
+def test_trunk_and_head_together_read_what_inspect_says(small):
+    found = traffic.of_bundle(small.bundle)
+    places = weights.read_places(small.bundle.path / weights.FILE_NAME)
+    assert found.trunk[0] + found.head[0] == bytes_per_token(places, len(small.bundle.recipe.allocation))
+    assert found.trunk[0] > 0 and found.head[0] > 0 and found.decode[0] > 0
+
+
+def test_quantizing_changes_bytes_and_leaves_operations(small):
+    exact, four = traffic.of_bundle(small.bundle), traffic.of_bundle(small.quantized("int4-weight"))
+    assert four.trunk[0] < exact.trunk[0] / 2
+    assert four.trunk[1] == pytest.approx(exact.trunk[1], rel=0.2)  # blocks are padded to a whole number
+    assert four.head[1] == pytest.approx(exact.head[1], rel=0.2)
+
+
+def test_the_reference_reads_more_than_the_bundle(small):
+    recipe = small.checkpoint.recipe
+    loop = traffic.of_modules(small.reference, small.decoder, len(recipe.allocation))
+    ours = traffic.of_bundle(small.bundle)
+    assert loop.trunk[0] > ours.trunk[0] and loop.head[0] > ours.head[0]
+
+
+def test_weights_are_read_once_a_batch_and_the_cache_once_a_row(small):
+    spec, recipe = small.spec, Recipe(2.0, 1.0, small.checkpoint.recipe.allocation)
+    found = traffic.Traffic(trunk=(1000, 10), head=(100, 5), decode=(7, 3))
+    one, eight = (found.of_batch(spec, recipe, images) for images in (1, 8))
+    tokens = spec.num_tokens
+    assert one["head"] == traffic.Work(100 * tokens, 2 * tokens * 2 * 5)
+    assert eight["head"].bytes == one["head"].bytes and eight["head"].flops == 8 * one["head"].flops
+    cache = one["trunk"].bytes - 1000 * tokens
+    assert eight["trunk"].bytes == 1000 * tokens + 8 * cache
+    filled = sum(spec.prefix_length + n for n in range(tokens))
+    assert cache == 2 * filled * 2 * spec.num_layers * spec.hidden_size * 4
+    unguided = found.of_batch(spec, Recipe(1.0, 1.0, recipe.allocation), 1)
+    assert unguided["trunk"].bytes - 1000 * tokens == cache // 2
