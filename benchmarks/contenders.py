@@ -62,6 +62,7 @@ class PyTorch:
         threads: int,
         dtype: str,
         compiled: bool,
+        tf32: bool = False,
     ) -> None:
         import torch
 
@@ -69,12 +70,15 @@ class PyTorch:
         from bar_edge.export.model import build_decoder, build_generator
 
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
         checkpoint = load_checkpoint(Path(generator), Path(tokenizer), Path(config) if config else None)
         kind = getattr(torch, dtype)
         self._torch, self._compiled = torch, compiled
         self._spec = checkpoint.spec
         self._recipe = Recipe(recipe["guidance"], recipe["temperature"], tuple(recipe["allocation"]))
-        self._model, self._decoder = build_generator(checkpoint, kind), build_decoder(checkpoint, kind)
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model = build_generator(checkpoint, kind).to(self._device)
+        self._decoder = build_decoder(checkpoint, kind).to(self._device)
         self._traffic = traffic.of_modules(self._model, self._decoder, len(self._recipe.allocation))
         self._samplers: dict[int, Any] = {}
 
@@ -91,7 +95,7 @@ class PyTorch:
             bits = self._sample(class_ids, noise, progress)
             return bits, to_uint8(self._decode(bits))
 
-        return _timed(draw, self._spec, images, seed)
+        return _timed(draw, self._spec, images, seed, self._torch.cuda.synchronize if self._device == "cuda" else None)
 
     def judge(self, bits: Bits, seed: int) -> Judgement:
         """Repeat the decisions behind someone's `bits` [B, cells, token_size]."""
@@ -123,12 +127,14 @@ class PyTorch:
             drawn = self._sampler(len(class_ids)).sample(class_ids.tolist(), noise, progress)
         else:
             drawn = generate_bits(self._model, class_ids.tolist(), self._recipe, noise, progress)
-        bits: Bits = to_fine_grid(drawn.numpy(), self._spec)
+        bits: Bits = to_fine_grid(drawn.cpu().numpy(), self._spec)
         return bits
 
     def _decode(self, bits: Bits) -> NDArray[np.float32]:
         with self._torch.inference_mode():
-            pixels: NDArray[np.float32] = self._decoder(self._torch.from_numpy(bits)).float().numpy()
+            pixels: NDArray[np.float32] = (
+                self._decoder(self._torch.from_numpy(bits).to(self._device)).float().cpu().numpy()
+            )
         return pixels
 
     def _sampler(self, images: int) -> Any:
@@ -213,11 +219,18 @@ def _timed(
     spec: ModelSpec,
     images: int,
     seed: int,
+    synchronize: Callable[[], None] | None = None,
 ) -> Drawn:
     class_ids, noise = _request(spec, images, seed)
     stamps: list[float] = []
+
+    def stamp(done: int, total: int) -> None:
+        if synchronize is not None:
+            synchronize()
+        stamps.append(time.perf_counter())
+
     begin = time.perf_counter()
-    bits, pixels = draw(class_ids, noise, lambda done, total: stamps.append(time.perf_counter()))
+    bits, pixels = draw(class_ids, noise, stamp)
     end = time.perf_counter()
     seconds = {
         "image": [(end - begin) / images],

@@ -23,10 +23,12 @@ class Form:
     precision: str
     dtype: str
     compiled: bool
+    tf32: bool = False
 
 
 FORMS = {
     "fp32": Form("PyTorch fp32", FP32, "float32", False),
+    "tf32": Form("PyTorch TF32", "tf32", "float32", False, tf32=True),
     "bf16": Form("PyTorch bf16", "bf16", "bfloat16", False),
     "compiled": Form("PyTorch fp32 compiled", FP32, "float32", True),
     "compiled-bf16": Form("PyTorch bf16 compiled", "bf16", "bfloat16", True),
@@ -123,6 +125,7 @@ class Plan:
             "generator": str(baseline.generator), "tokenizer": str(baseline.tokenizer),
             "config": str(baseline.config) if baseline.config else None, "recipe": asdict(self.bundles[0].recipe),
             "threads": self.threads, "dtype": form.dtype, "compiled": form.compiled,
+            "tf32": form.tf32,
         }  # fmt: skip
         return Entrant(Contender(form.name, f"{_CONTENDERS}:PyTorch", arguments), "pytorch", form.precision)
 

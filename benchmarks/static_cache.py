@@ -29,8 +29,9 @@ class StaticAttention(nn.Module):
         super().__init__()
         self.inner = attention
         shape = (rows, attention.heads, positions, head_dim)
-        self.register_buffer("k", torch.zeros(shape, dtype=dtype), persistent=False)
-        self.register_buffer("v", torch.zeros(shape, dtype=dtype), persistent=False)
+        device = attention.qkv.weight.device
+        self.register_buffer("k", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("v", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
 
     def forward(self, x: Tensor, own: Tensor, target: Tensor, positions: Tensor) -> tuple[Tensor, None]:
         """x [rows, T, D], positions [T] -> [rows, T, D]; the second value stands for the cache nobody passes on."""
@@ -73,29 +74,30 @@ class StaticCacheSampler:
     ) -> Tensor:
         """class_ids [B] -> bits [B, N, K] uint8, tokens in raster order; drawn in that order."""
         spec, model = self.spec, self._model
-        rows = torch.tensor(class_ids)
+        device = model.cls_token.device
+        rows = torch.tensor(class_ids, device=device)
         if self._guided:
             rows = torch.cat((rows, torch.full_like(rows, spec.unconditional_class)))
         uniforms = noise.uniforms(spec.num_tokens, len(self.recipe.allocation), spec.bits_per_token)
-        u_bits, u_confidence = (torch.from_numpy(u) for u in uniforms)
+        u_bits, u_confidence = (torch.from_numpy(u).to(device) for u in uniforms)
         embedding = model.class_embedding(rows)  # [rows, 1, D]
         drawn, latent = [], self.prefix(embedding)
         for n in range(spec.num_tokens):
-            scale = torch.tensor(guidance_at(n, self.recipe.guidance, spec.num_tokens))
+            scale = torch.tensor(guidance_at(n, self.recipe.guidance, spec.num_tokens), device=device)
             bits = self.head(latent, scale, u_bits[n], u_confidence[n])
             drawn.append(bits.to(torch.uint8))
             if progress is not None:
                 progress(n + 1, spec.num_tokens)
             if n + 1 < spec.num_tokens:
-                latent = self.trunk(bits, embedding, torch.tensor([n]))
+                latent = self.trunk(bits, embedding, torch.tensor([n], device=device))
         return torch.stack(drawn, dim=1)
 
     def prefix(self, embedding: Tensor) -> Tensor:
         """embedding [rows, 1, D] -> latent [rows, W] of the first token; fills the cache. Not compiled."""
         f, b = self.spec.prefix_length, embedding.shape[0]
         x = torch.cat((self._model.cls_token.expand(b, 1, -1), embedding.expand(-1, f - 1, -1)), dim=1)
-        own = torch.arange(f)
-        return self._latent(x, embedding, own, own, torch.full((f,), f))
+        own = torch.arange(f, device=embedding.device)
+        return self._latent(x, embedding, own, own, torch.full_like(own, f))
 
     def _trunk(self, bits: Tensor, embedding: Tensor, token: Tensor) -> Tensor:
         """bits [B, K] of grid index `token` [1] -> latent [rows, W] that conditions the next."""

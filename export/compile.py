@@ -148,7 +148,7 @@ class Builder:
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, self._log)
         if not parser.parse_from_file(str(path)):
-            errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+            errors = [str(parser.get_error(i)) for i in range(parser.num_errors)]
             raise EngineError(f"{what}: {self._name} cannot read the graph: {'; '.join(errors)}")
         config = builder.create_builder_config()
         config.clear_flag(trt.BuilderFlag.TF32)

@@ -21,7 +21,7 @@ from bar_edge.export.replay import TIE, replay
 from bar_edge.export.rewrite import Rewriter
 from bar_edge.runtime import weights
 from bar_edge.runtime.bundle import SELFTEST, Bundle, publish, sha256, write_manifest
-from bar_edge.runtime.errors import EngineError
+from bar_edge.runtime.errors import CheckpointError, EngineError
 from bar_edge.runtime.generator import Generator
 from bar_edge.runtime.noise import SeededNoise
 from bar_edge.runtime.sampling import to_uint8
@@ -53,6 +53,7 @@ def export_bundle(
     report = progress or (lambda what, done, total: None)
     report("reading the checkpoint", 0, 1)
     checkpoint = load_checkpoint(generator, tokenizer, config, overrides)
+    _check_heads(checkpoint)
     rewriter = Rewriter(checkpoint)
     header, places = weights.lay_out(rewriter.pending)
     total = sum(place.length for place in places.values())
@@ -83,6 +84,17 @@ def export_bundle(
             progress=report,
         )
     return Bundle.open(output, report)
+
+
+def _check_heads(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for heads that ONNX Runtime's attention refuses; no published variant has any."""
+    spec = checkpoint.spec
+    positions = spec.prefix_length + spec.num_tokens
+    if spec.head_dim % 8 or 2 * spec.num_heads > positions:
+        raise CheckpointError(
+            f"{spec.num_heads} heads of {spec.head_dim} channels over {positions} positions: "
+            "ONNX Runtime needs a multiple of 8 channels and no more heads than half of the positions"
+        )
 
 
 def _self_test(checkpoint: Checkpoint, bundle: Bundle, report: Progress) -> Record:

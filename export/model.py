@@ -209,7 +209,7 @@ class Generator(nn.Module):
         f, b = self.spec.prefix_length, class_ids.shape[0]
         embedding = self.class_embedding(class_ids)
         x = torch.cat((self.cls_token.expand(b, 1, -1), embedding.expand(-1, f - 1, -1)), dim=1)
-        own = torch.arange(f).expand(b, f)
+        own = torch.arange(f, device=class_ids.device).expand(b, f)
         target = (f + first_target)[:, None].expand(b, f)
         return self.latents(x, embedding, 0, own, target, None)
 
@@ -251,11 +251,12 @@ def sample_token(
     images = rows if guidance is None else rows // 2
     bits = sum(recipe.allocation)
     passes = len(recipe.allocation)
-    ids = torch.full((images, bits), 2)
+    device = latent.device
+    ids = torch.full((images, bits), 2, device=device)
     done = 0
     for s, count in enumerate(recipe.allocation):
         masked = ids == 2
-        ratio = torch.full((rows,), 1 - done / bits, dtype=torch.float32)
+        ratio = torch.full((rows,), 1 - done / bits, dtype=torch.float32, device=device)
         logits = head(ids if guidance is None else torch.cat((ids, ids)), latent, ratio).float()
         if guidance is not None:
             conditional, unconditional = logits.chunk(2)
@@ -267,7 +268,7 @@ def sample_token(
             return drawn
         confidence = logits.gather(-1, drawn[..., None]).squeeze(-1).masked_fill(~masked, torch.inf)
         confidence = confidence + temperature * gumbel(u_confidence[s])
-        left = torch.full((images,), round(bits * (1 - done / bits)))
+        left = torch.full((images,), round(bits * (1 - done / bits)), device=device)
         left = torch.clamp(torch.minimum(masked.sum(-1) - 1, left), min=1)
         cutoff = confidence.sort(dim=-1).values.gather(-1, left[:, None] - 1)
         ids = torch.where(confidence <= cutoff, 2, drawn)
@@ -282,26 +283,26 @@ def generate_bits(
     noise: NoiseSource,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Sample all tokens of B images: the authors' loop.
+    """Sample all tokens of B images on the generator's device: the authors' loop.
 
     class_ids [B]; `noise` gives the uniforms of every token and the generation order of every image. Returns bits
     [B, N, K] uint8, tokens in raster order. `progress(done, total)` is called per token.
     """
-    spec = generator.spec
-    conditional = torch.tensor(class_ids)
+    spec, device = generator.spec, generator.cls_token.device
+    conditional = torch.tensor(class_ids, device=device)
     images = len(class_ids)
     guided = recipe.guidance > 1
     rows = torch.cat((conditional, torch.full_like(conditional, spec.unconditional_class))) if guided else conditional
     copies = 2 if guided else 1
-    order = torch.from_numpy(noise.orders(spec.num_tokens))  # [B, N]
+    order = torch.from_numpy(noise.orders(spec.num_tokens)).to(device)  # [B, N]
     uniforms = noise.uniforms(spec.num_tokens, len(recipe.allocation), spec.bits_per_token)
-    u_bits, u_confidence = (torch.from_numpy(u) for u in uniforms)  # [N, S, B, K, 2], [N, S, B, K]
+    u_bits, u_confidence = (torch.from_numpy(u).to(device) for u in uniforms)  # [N, S, B, K, 2], [N, S, B, K]
     latent, caches = generator.prefix_latents(rows, order[:, 0].repeat(copies))
-    result = torch.empty(images, spec.num_tokens, spec.bits_per_token, dtype=torch.uint8)
+    result = torch.empty(images, spec.num_tokens, spec.bits_per_token, dtype=torch.uint8, device=device)
     for n in range(spec.num_tokens):
         scale = guidance_at(n, recipe.guidance, spec.num_tokens) if guided else None
         drawn = sample_token(generator.lm_head, latent[:, -1], scale, recipe, u_bits[n], u_confidence[n])
-        result[torch.arange(images), order[:, n]] = drawn.to(torch.uint8)
+        result[torch.arange(images, device=device), order[:, n]] = drawn.to(torch.uint8)
         if progress is not None:
             progress(n + 1, spec.num_tokens)
         if n + 1 < spec.num_tokens:

@@ -51,16 +51,15 @@ def replay(
     noise: NoiseSource,
 ) -> Replay:
     """Repeat the decisions behind `bits` [B, image_seq_len, token_size] (fine grid) with the reference model."""
-    spec = generator.spec
+    spec, device = generator.spec, generator.cls_token.device
     images, tokens, passes = len(class_ids), spec.num_tokens, len(recipe.allocation)
     order = noise.orders(tokens)
     drawn = np.take_along_axis(to_tokens(bits, spec), order[:, :, None], axis=1)  # [B, N, K] by generation step
     guided = recipe.guidance > 1
     copies = 2 if guided else 1
-    rows = torch.tensor([*class_ids, *([spec.unconditional_class] * images if guided else [])])
-    latents = teacher_forced_latents(
-        generator, torch.from_numpy(np.tile(drawn, (copies, 1, 1))), rows, torch.from_numpy(np.tile(order, (copies, 1)))
-    )
+    rows = torch.tensor([*class_ids, *([spec.unconditional_class] * images if guided else [])], device=device)
+    repeated = (np.tile(drawn, (copies, 1, 1)), np.tile(order, (copies, 1)))
+    latents = teacher_forced_latents(generator, rows, *(torch.from_numpy(array).to(device) for array in repeated))
     u_bits, u_confidence = noise.uniforms(tokens, passes, spec.bits_per_token)
     scale = np.array([guidance_at(n, recipe.guidance, tokens) for n in range(tokens)], dtype=np.float32)
     schedule = Schedule.of(recipe, spec.bits_per_token)
@@ -72,9 +71,9 @@ def replay(
         def head(
             known: NDArray[np.bool_], ones: NDArray[np.bool_], s: int, latent: torch.Tensor = latent
         ) -> NDArray[np.float32]:
-            ids = torch.from_numpy(np.where(known, ones, 2).astype(np.int64)).repeat(copies, 1)
-            ratio = torch.full((len(latent),), float(schedule.mask_ratio[s]))
-            logits: NDArray[np.float32] = generator.lm_head(ids, latent, ratio).float().numpy()
+            ids = torch.from_numpy(np.where(known, ones, 2).astype(np.int64)).to(device).repeat(copies, 1)
+            ratio = torch.full((len(latent),), float(schedule.mask_ratio[s]), device=device)
+            logits: NDArray[np.float32] = generator.lm_head(ids, latent, ratio).float().cpu().numpy()
             return logits
 
         again, margins[i] = sample_token(
@@ -82,16 +81,16 @@ def replay(
             gumbel(u_bits[:, :, i].swapaxes(0, 1)), gumbel(u_confidence[:, :, i].swapaxes(0, 1)),
         )  # fmt: skip
         differing[i] = (again != drawn[i]).sum(axis=1)
-    return Replay(differing, margins, latents.numpy())
+    return Replay(differing, margins, latents.cpu().numpy())
 
 
 @torch.inference_mode()
 def teacher_forced_latents(
-    generator: Generator, drawn: torch.Tensor, class_ids: torch.Tensor, order: torch.Tensor
+    generator: Generator, class_ids: torch.Tensor, drawn: torch.Tensor, order: torch.Tensor
 ) -> torch.Tensor:
     """Latents [rows, N, W] that condition each token, given the tokens before it: one causal pass over everything.
 
-    drawn [rows, N, K] by generation step, class_ids [rows], order [rows, N] grid indices.
+    class_ids [rows], drawn [rows, N, K] by generation step, order [rows, N] grid indices.
     """
     spec = generator.spec
     f, rows = spec.prefix_length, len(class_ids)
@@ -101,7 +100,7 @@ def teacher_forced_latents(
         (generator.cls_token.expand(rows, 1, -1), embedding.expand(-1, f - 1, -1), generator.input_merge(previous)),
         dim=1,
     )
-    own = torch.cat((torch.arange(f).expand(rows, f), f + order[:, :-1]), dim=1)
+    own = torch.cat((torch.arange(f, device=order.device).expand(rows, f), f + order[:, :-1]), dim=1)
     target = torch.cat((order[:, :1].expand(rows, f), order[:, 1:]), dim=1) + f
     latents, _ = generator.latents(x, embedding, 0, own, target, None)
     return latents[:, f - 1 :]

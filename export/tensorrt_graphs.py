@@ -50,6 +50,7 @@ from bar_edge.runtime.engines.cuda.profile import Profile
 from bar_edge.runtime.spec import ModelSpec
 
 _OPERATOR_MULTIPLE = 8  # head sizes for which TensorRT-RTX has a kernel for `Attention`
+_OPERATOR_HEADS = 4  # of all rows together, from which on it has one
 
 
 def build_tensorrt_graphs(
@@ -211,7 +212,7 @@ class _InPlace(_Cached):
             self.g.node("TensorScatter", (past, new, self._start), (updated,), axis=-2, mode="linear")
             present.append(updated)
         head_dim = self.spec.head_dim
-        written_out = head_dim % _OPERATOR_MULTIPLE != 0
+        written_out = head_dim % _OPERATOR_MULTIPLE != 0 or self.rows * self.spec.num_heads < _OPERATOR_HEADS
         return self.merge(attention(self.g, head_dim, q, *present, self.mask, written_out=written_out))
 
     def output(self) -> None:

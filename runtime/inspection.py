@@ -48,6 +48,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
     spec = bundle.spec
     total = spec.prefix_length + spec.num_tokens
     dtypes = sorted({str(place.dtype) for place in places.values()})
+    compiled = bundle.manifest.get("engines")  # then the weights are in the plans, and the file holds tables
     return {
         "kind": "bundle",
         "variant": bundle.variant,
@@ -60,8 +61,11 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
             for name, entry in bundle.manifest["graphs"].items()
         },
         "weights": {"tensors": len(places), "bytes": sum(p.length for p in places.values()), "dtypes": dtypes},
-        "bytes_read_per_token": bytes_per_token(places, len(bundle.recipe.allocation)),
-        "bytes_read_per_image_once": sum(p.length for name, p in places.items() if _PER_IMAGE.match(name)),
+        "engines": compiled or list(bundle.engines),
+        "bytes_read_per_token": None if compiled else bytes_per_token(places, len(bundle.recipe.allocation)),
+        "bytes_read_per_image_once": None
+        if compiled
+        else sum(p.length for name, p in places.items() if _PER_IMAGE.match(name)),
         "kv_cache_bytes_per_row_fp32": 2 * spec.num_layers * total * spec.hidden_size * 4,
         "quantization": _quantization(bundle),
         "linear_layers": linear_layers(places),

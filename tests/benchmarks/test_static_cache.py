@@ -36,3 +36,10 @@ def test_a_sampler_draws_the_same_again_and_takes_a_generator_from_another(small
     assert np.array_equal(drawn, first.sample([0], noise))  # what the last image left in the cache is not seen
     StaticCacheSampler(model, 2, recipe, plain)
     assert np.array_equal(drawn, StaticCacheSampler(model, 1, recipe, plain).sample([0], noise))
+
+
+def test_a_sampler_stays_on_the_models_device(small):
+    """PyTorch refuses to mix devices: a tensor made on the CPU would be found."""
+    model = copy.deepcopy(small.reference).to("meta")
+    sampler = StaticCacheSampler(model, 2, small.checkpoint.recipe, plain)
+    assert sampler.sample([0, 1], SeededNoise(1, range(2))).device.type == "meta"

@@ -480,7 +480,7 @@ def test_fused_step_gives_the_latents_of_the_reference(graphs, golden):
     classes, orders = recorded["class_ids"], noise.orders(golden.spec.num_tokens)
     drawn, _ = draw_with_the_step(graphs, classes, recipe, noise)
     expected = teacher_forced_latents(
-        golden.reference, torch.from_numpy(drawn), torch.from_numpy(classes), torch.from_numpy(orders)
+        golden.reference, torch.from_numpy(classes), torch.from_numpy(drawn), torch.from_numpy(orders)
     )
     found = Trunk(graphs, classes).latents(drawn, orders)
     np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=LATENT_TOLERANCE)

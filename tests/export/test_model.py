@@ -7,6 +7,7 @@ import torch
 from bar_edge.benchmarks.random_checkpoint import rope_tables
 from bar_edge.export.checkpoint import load_checkpoint, read_tokenizer
 from bar_edge.export.model import Decoder, build_decoder, build_generator, generate_bits
+from bar_edge.runtime.noise import SeededNoise
 from bar_edge.runtime.sampling import to_fine_grid, to_uint8
 
 LATENT_TOLERANCE, LOGIT_TOLERANCE, IMAGE_TOLERANCE = 1e-5, 1e-4, 1e-5
@@ -121,3 +122,12 @@ def test_rotary_tables_are_those_of_the_recorded_checkpoints(golden):
     for kind, expected in zip(("cos", "sin"), rope_tables(golden.spec), strict=True):
         found = golden.checkpoint.generator[f"blocks.0.attn.rope.freqs_{kind}"]
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_sampling_stays_on_the_models_device(golden):
+    """A tensor made on the CPU would meet one of another device, which PyTorch refuses."""
+    model = build_generator(golden.checkpoint).to("meta")
+    recipe = golden.bundle.recipe
+    drawn = generate_bits(model, [1, 0], recipe, SeededNoise(0, [0, 1]))
+    assert drawn.device.type == "meta"
+    assert drawn.shape == (2, golden.spec.num_tokens, golden.spec.bits_per_token)

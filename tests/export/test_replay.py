@@ -59,14 +59,14 @@ def test_teacher_forced_latents_in_raster_order(golden, kind):
     if kind == "uncond":
         classes = torch.full_like(classes, golden.spec.unconditional_class)
     orders = torch.arange(golden.spec.num_tokens).expand(len(classes), -1)
-    found = teacher_forced_latents(golden.reference, torch.from_numpy(recorded["teacher_tokens"]), classes, orders)
+    found = teacher_forced_latents(golden.reference, classes, torch.from_numpy(recorded["teacher_tokens"]), orders)
     np.testing.assert_allclose(found.numpy(), recorded[f"latents_{kind}"], rtol=0, atol=1e-5)
 
 
 def test_teacher_forced_latents_in_random_order(golden):
     recorded = golden.recorded("forward_random_order")
     found = teacher_forced_latents(
-        golden.reference, *(torch.from_numpy(recorded[name]) for name in ("tokens_in_order", "class_ids", "orders"))
+        golden.reference, *(torch.from_numpy(recorded[name]) for name in ("class_ids", "tokens_in_order", "orders"))
     )
     np.testing.assert_allclose(found.numpy(), recorded["latents_cond"], rtol=0, atol=1e-5)
 
@@ -78,5 +78,5 @@ def test_latents_come_by_generation_step_with_conditional_rows_first(patch1):
     orders = noise.orders(16)
     drawn = torch.from_numpy(np.take_along_axis(to_tokens(bits, patch1.spec), orders[:, :, None], axis=1))
     for rows, classes in ((slice(0, 2), [4, 5]), (slice(2, 4), [10, 10])):
-        expected = teacher_forced_latents(patch1.reference, drawn, torch.tensor(classes), torch.from_numpy(orders))
+        expected = teacher_forced_latents(patch1.reference, torch.tensor(classes), drawn, torch.from_numpy(orders))
         np.testing.assert_allclose(found[rows], expected.numpy(), rtol=0, atol=1e-5)

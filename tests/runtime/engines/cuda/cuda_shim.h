@@ -1,22 +1,27 @@
 // Enough of CUDA's C++ for a host compiler to build our .cu files and run them on the CPU. Force-included before them.
 //
 // Blocks run in turn. A cooperative kernel (one that shares memory or synchronizes) runs every CUDA thread of a block as
-// an OS thread, so that a missing barrier is a data race a sanitizer can see; any other kernel runs as a plain loop.
-// Every thread of a warp must take part in its shuffles, and shuffled values are at most 8 bytes.
+// a fiber of its own, which is left at barriers only; under ThreadSanitizer as an OS thread, so that a missing barrier is
+// a data race. Any other kernel runs as a plain loop. Every thread of a warp must take part in its shuffles, and shuffled
+// values are at most 8 bytes.
 #pragma once
+#undef _FORTIFY_SOURCE  // its longjmp refuses to change to another fiber's stack
 
 #include <barrier>
 #include <bit>
 #include <cmath>
+#include <csetjmp>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <memory>
 #include <optional>
 #include <string>
 #include <thread>
 #include <tuple>
 #include <type_traits>
+#include <ucontext.h>
 #include <utility>
 #include <vector>
 
@@ -34,19 +39,89 @@ struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
 
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
+
+inline float half_to_float(unsigned short bits) { return std::bit_cast<_Float16>(bits); }
+
+inline unsigned short float_to_half(float value) { return std::bit_cast<unsigned short>(_Float16(value)); }
+
+// Four products of signed bytes, added to `sum`.
+inline int __dp4a(int a, int b, int sum) {
+    for (int shift = 0; shift < 32; shift += 8) sum += int8_t(a >> shift) * int8_t(b >> shift);
+    return sum;
+}
 
 namespace shim {
 
 constexpr unsigned WARP = 32;
 
+#ifdef __SANITIZE_THREAD__
+using Barrier = std::barrier<>;
+#else
+// A CUDA thread of the running block. It gives way to the next one by `pass_on`, and goes on when its turn comes again.
+struct Fiber {
+    static constexpr size_t STACK = 64 * 1024;
+    std::unique_ptr<char[]> stack{new char[STACK]};
+    ucontext_t start;
+    jmp_buf place;
+    bool started, done;
+};
+
+inline std::deque<Fiber> fibers;
+inline size_t running;
+inline jmp_buf all_done;
+
+// Continues the next fiber in turn that is not done; where there is none, `run_cooperative`.
+[[noreturn]] inline void continue_next() {
+    for (size_t i = 1; i <= blockDim.x; ++i) {
+        const size_t next = (running + i) % blockDim.x;
+        if (fibers[next].done) continue;
+        running = threadIdx.x = next;
+        if (fibers[next].started) _longjmp(fibers[next].place, 1);
+        fibers[next].started = true;
+        setcontext(&fibers[next].start);
+    }
+    _longjmp(all_done, 1);
+}
+
+__attribute__((noinline)) inline void pass_on() {
+    if (!_setjmp(fibers[running].place)) continue_next();
+}
+
+// std::barrier for fibers.
+class Barrier {
+public:
+    explicit Barrier(unsigned count) : count_(count), missing_(count) {}
+    void arrive_and_wait() {
+        const unsigned phase = phase_;
+        arrive();
+        while (phase == phase_) pass_on();
+    }
+    void arrive_and_drop() {
+        --count_;
+        arrive();
+    }
+
+private:
+    void arrive() {
+        if (--missing_ == 0) missing_ = count_, ++phase_;
+    }
+    unsigned count_, missing_, phase_ = 0;
+};
+#endif
+
 struct Warp {
     explicit Warp(unsigned lanes) : lanes(lanes), barrier(lanes) {}
     unsigned lanes;
-    std::barrier<> barrier;
-    uint64_t values[WARP];
+    Barrier barrier;
+    uint64_t values[2][WARP];  // of this exchange and of the one before, which a slow lane may still be reading
+    unsigned exchanges[WARP] = {};
 };
 
 // What the threads of the running block share.
@@ -54,7 +129,7 @@ struct Block {
     explicit Block(unsigned threads) : barrier(threads) {
         for (unsigned first = 0; first < threads; first += WARP) warps.emplace_back(std::min(WARP, threads - first));
     }
-    std::barrier<> barrier;
+    Barrier barrier;
     std::deque<Warp> warps;
 };
 
@@ -74,10 +149,10 @@ template <typename T>
 T exchange(T value, unsigned source) {
     static_assert(sizeof(T) <= sizeof(uint64_t));
     Warp& own = warp();
-    std::memcpy(&own.values[lane()], &value, sizeof(T));
+    auto& values = own.values[own.exchanges[lane()]++ % 2];
+    std::memcpy(&values[lane()], &value, sizeof(T));
     own.barrier.arrive_and_wait();
-    if (source < own.lanes) std::memcpy(&value, &own.values[source], sizeof(T));
-    own.barrier.arrive_and_wait();
+    if (source < own.lanes) std::memcpy(&value, &values[source], sizeof(T));
     return value;
 }
 
@@ -88,6 +163,7 @@ void run_plain(const Call& call, unsigned grid, unsigned threads) {
         for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) call();
 }
 
+#ifdef __SANITIZE_THREAD__
 template <typename Call>
 void run_cooperative(const Call& call, unsigned grid, unsigned threads) {
     auto renew = [threads]() noexcept { block.emplace(threads); };
@@ -108,6 +184,40 @@ void run_cooperative(const Call& call, unsigned grid, unsigned threads) {
     running.clear();  // joins
     block.reset();
 }
+#else
+template <typename Call>
+const Call* running_call;
+
+template <typename Call>
+void run_fiber() {
+    (*running_call<Call>)();
+    warp().barrier.arrive_and_drop();  // a thread that has returned is waited for no longer
+    running_block().barrier.arrive_and_drop();
+    fibers[running].done = true;
+    continue_next();
+}
+
+template <typename Call>
+void run_cooperative(const Call& call, unsigned grid, unsigned threads) {
+    running_call<Call> = &call;
+    blockDim.x = threads, gridDim.x = grid;
+    while (fibers.size() < threads) fibers.emplace_back();
+    for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) {
+        block.emplace(threads);
+        for (unsigned index = 0; index < threads; ++index) {
+            Fiber& fiber = fibers[index];
+            fiber.started = fiber.done = false;
+            getcontext(&fiber.start);
+            fiber.start.uc_stack.ss_sp = fiber.stack.get();
+            fiber.start.uc_stack.ss_size = Fiber::STACK;
+            makecontext(&fiber.start, run_fiber<Call>, 0);
+        }
+        running = threads - 1;  // so that thread 0 is the next in turn
+        if (!_setjmp(all_done)) continue_next();
+    }
+    block.reset();
+}
+#endif
 
 // Launch a kernel with the addresses of its arguments, as cuLaunchKernel takes them.
 template <typename... Parameters>
