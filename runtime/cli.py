@@ -158,7 +158,11 @@ def compile_(
     bundle: Annotated[Path, typer.Argument(help="A bundle folder, fp32 or quantized.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Compiled bundle folder to make.")],
     target: Annotated[
-        str, typer.Option(help="rtx (any RTX card, builds without a GPU), host, or a device as rtx4090, orin, thor.")
+        str,
+        typer.Option(
+            help="rtx (any RTX card, builds without a GPU), host, or a device as rtx4090, orin, thor; "
+            "cuda is our own kernels, on any GPU from SM 8.0 on."
+        ),
     ] = "host",
     precision: Annotated[str, typer.Option(help="Of what is not in integers: fp16, bf16 or fp32.")] = "fp16",
     batches: Annotated[
@@ -170,15 +174,23 @@ def compile_(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Compile a bundle to TensorRT engines, and read back what the builder really did.
+    """Compile a bundle to TensorRT engines, and read back what the builder really did; or pack it for our own kernels.
 
     Example: bar-edge compile bar_b-int8/ --target rtx --batch 1 --batch 8 -o bar_b-int8-rtx/
     """
     from bar_edge.runtime.bundle import check_output
     from bar_edge.runtime.engines.cuda.device import host_sm
 
-    compiler = _need("bar_edge.export.compile", "compile")
     check_output(output, force=force)
+    if target == "cuda":
+        if precision != "fp16" or batches or keep_onnx:
+            raise RequestError("--target cuda takes fp16 and any batch, and makes no graphs: leave those options out")
+        packer = _need("bar_edge.export.prepack", "compile")
+        with _progress() as bar:
+            made = packer.prepack_bundle(_open(bundle, bar), output, force=force, progress=bar)
+        out.print(f"{output}: {packer.sentence(made)}")
+        return
+    compiler = _need("bar_edge.export.compile", "compile")
     with _progress() as bar:
         made = compiler.compile_bundle(
             _open(bundle, bar), output, target=target, precision=precision, batches=tuple(batches or (1,)),

@@ -82,11 +82,13 @@ class Status:
 # name -> module; the first usable one that the bundle was made for is what `auto` takes
 _MODULES = {
     "tensorrt": "bar_edge.runtime.engines.tensorrt",
+    "cuda": "bar_edge.runtime.engines.cuda.engine",
     "onnxruntime": "bar_edge.runtime.engines.onnxruntime",
 }
 NAMES = tuple(_MODULES)
 _REMEDIES = {
     "tensorrt": "compile it: bar-edge compile BUNDLE --target host -o OUTPUT",
+    "cuda": "compile it: bar-edge compile BUNDLE --target cuda -o OUTPUT",
     "onnxruntime": "use the bundle that it was compiled from",
 }
 

@@ -1,12 +1,13 @@
-// The model itself for the engine `cuda`: products with fp16, INT8 and INT4 weights, norms, attention, and the decoder's
-// small parts (docs/model.md). `graphs.py` puts them in order; `export/prepack.py` says how weights lie.
+// The model itself for the engine `cuda`: products with fp16, INT8 and INT4 weights, norms, attention, and the
+// decoder's small parts (docs/model.md). `graphs.py` puts them in order; `export/prepack.py` says how weights lie.
 //
 // Activations are float32, or INT8 where the product that reads them is static W8A8; modulation, keys and values are
-// float16; sums are float32 (int32 for W8A8). The order of every sum depends on the layer's sizes alone, never on how many
-// rows there are: an image is the same in any batch. Compile with --fmad=false; fused multiply-adds are written out.
+// float16; sums are float32 (int32 for W8A8). The order of every sum depends on the layer's sizes alone, never on how
+// many rows there are: an image is the same in any batch. Compile with --fmad=false; fused multiply-adds are written
+// out.
 //
-// Every block has THREADS threads. Arrays are dense, their last axis contiguous, unless a stride is given; what is read 16
-// bytes at a time is aligned to 16.
+// Every block has THREADS threads. Arrays are dense, their last axis contiguous, unless a stride is given; what is read
+// 16 bytes at a time is aligned to 16.
 
 typedef unsigned char u8;
 typedef signed char i8;
@@ -64,19 +65,20 @@ __device__ inline void store_activation(void* out, u64 i, f32 value, f32 scale) 
 // What becomes of a value. SWIGLU takes outputs in pairs, 2j and 2j + 1, to silu(first) * second.
 enum Activation { IDENTITY, SILU, GELU, SWIGLU };
 
-// Where it goes. STORE: an activation [M, N], N / 2 wide after SWIGLU. ADD: onto float32 [M, N], times a gate if there is
-// one. PIECES: float16 [N / group, M, group]. TABLE: float16 through addresses, row m to row m % group of out[m / group].
+// Where it goes. STORE: an activation [M, N], N / 2 wide after SWIGLU. ADD: onto float32 [M, N], times a gate if there
+// is one. PIECES: float16 [N / group, M, group]. TABLE: float16 through addresses, row m to row m % group of what
+// out[m / group] points to.
 enum Destination { STORE, ADD, PIECES, TABLE };
 
-// x [M, K], N outputs; `lanes` threads share an output; gate rows and TABLE's rows have `stride` values, TABLE's begin at
-// `offset`. block: values that share a scale (INT4). out_scale: of an INT8 activation, else 0.
-#define PRODUCT_PARAMETERS                                                                                             \
-    const void *weight, const void *scale, const f32 *bias, const void *x, void *out, const u16 *gate, i32 M, i32 N,   \
-        i32 K, i32 lanes, i32 block, f32 input_scale, i32 activation, i32 destination, f32 out_scale, i32 group,       \
-        i32 stride, i32 offset
-#define PRODUCT                                                                                                        \
-    {weight, scale, bias, x, out, gate, M, N, K, lanes, block, input_scale, activation, destination, out_scale, group, \
-     stride, offset}
+// x [M, K], K a multiple of 8, N outputs; `lanes` threads share an output; gate rows and TABLE's rows have `stride`
+// values, TABLE's begin at `offset`. block: values that share a scale (INT4). out_scale: of an INT8 activation, else 0.
+#define PRODUCT_PARAMETERS \
+    const void *weight, const void *scale, const f32 *bias, const void *x, void *out, const u16 *gate, i32 M, i32 N, \
+    i32 K, i32 lanes, i32 block, f32 input_scale, i32 activation, i32 destination, f32 out_scale, i32 group, \
+    i32 stride, i32 offset
+#define PRODUCT \
+    {weight, scale, bias, x, out, gate, M, N, K, lanes, block, input_scale, activation, destination, out_scale, \
+    group, stride, offset}
 
 struct Product {
     const void *weight, *scale;
@@ -112,15 +114,17 @@ __device__ inline void put(const Product& p, i32 m, i32 o, f32 value) {
     }
 }
 
-// Forms of weights. A row lies in chunks of 16 bytes with VALUES values each, the last one filled up with zeros. `unpack`
-// makes 8 values, those from k on, of WORDS words; `read` brings 8 of x to go with them; Elements are multiplied and
-// summed; `finish` makes a sum what it stands for.
+// Forms of weights. A row lies in chunks of 16 bytes with VALUES values each, the last one filled up with zeros.
+// `unpack` makes 8 values, those from k on, of WORDS words; `read` brings 8 of x to go with them; Elements are
+// multiplied and summed; `finish` makes a sum what it stands for.
 
 __device__ inline f32 multiply_add(f32 a, f32 b, f32 sum) { return fmaf(a, b, sum); }
 __device__ inline i32 multiply_add(i32 a, i32 b, i32 sum) { return a * b + sum; }
 
 // `value` below 2^23, less `zero`: two instructions where a conversion is slow.
-__device__ inline f32 small_float(u32 value, f32 zero) { return __int_as_float(0x4b000000 | value) - (8388608.f + zero); }
+__device__ inline f32 small_float(u32 value, f32 zero) {
+    return __int_as_float(0x4b000000 | value) - (8388608.f + zero);
+}
 
 __device__ inline i32 signed_byte(u32 word, i32 i) { return (i8)(word >> 8 * i); }
 
@@ -129,13 +133,9 @@ struct FloatInput {
     static const bool DOT = false;
     static __device__ inline void read(const Product& p, i32 m, i32 k, f32* values) {
         const f32* const from = (const f32*)p.x + (u64)m * p.K + k;
-        if (p.K % 8 == 0) {
-            const float4 low = *(const float4*)from, high = *(const float4*)(from + 4);
-            values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
-            values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
-        } else {
-            for (i32 i = 0; i < 8; ++i) values[i] = k + i < p.K ? from[i] : 0;
-        }
+        const float4 low = *(const float4*)from, high = *(const float4*)(from + 4);
+        values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
+        values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
     }
 };
 
@@ -193,6 +193,16 @@ struct Int8 {
     }
 };
 
+// Sends off the sum of output o in row m; `next` is the sum of output o + 1, which SWIGLU takes along.
+template <typename Form>
+__device__ inline void emit(const Product& p, i32 m, i32 o, typename Form::Element sum, typename Form::Element next) {
+    const f32 value = Form::finish(p, o, sum) + p.bias[o];
+    if (p.activation != SWIGLU)
+        put(p, m, o, activated(value, p.activation));
+    else if (o % 2 == 0)
+        put(p, m, o / 2, silu(value) * (Form::finish(p, o + 1, next) + p.bias[o + 1]));
+}
+
 // One chunk of output o's weights times rows m.. of x.
 template <typename Form, i32 ROWS>
 __device__ inline void add_chunk(const Product& p, i32 o, i32 first_row, i32 chunk, const uint4& loaded,
@@ -220,15 +230,15 @@ __device__ inline void add_chunk(const Product& p, i32 o, i32 first_row, i32 chu
     }
 }
 
-const i32 IN_FLIGHT = 4;  // loads of weights that a thread has on their way
-
-// Few rows, where reading the weights is what takes time: ROWS rows at once, `lanes` threads (a power of two, at most 16)
-// on an output, each with every lanes-th chunk. Grid: ceil(N / (THREADS / lanes)) blocks times ceil(M / ROWS).
+// Few rows, where reading the weights is what takes time: ROWS rows at once, `lanes` threads (a power of two, at most
+// 32) on an output, each with every lanes-th chunk. Grid: ceil(N / (THREADS / lanes)) blocks times ceil(M / ROWS).
 template <typename Form, i32 ROWS>
 __device__ void stream(const Product& p) {
+    constexpr i32 IN_FLIGHT = ROWS > 4 ? 2 : 4;  // loads of weights that a thread has on their way
+    __shared__ typename Form::Element sums[THREADS + 1][ROWS];
     const i32 outputs = THREADS / p.lanes, blocks = (p.N + outputs - 1) / outputs;
-    const i32 lane = threadIdx.x % p.lanes, output = blockIdx.x % blocks * outputs + threadIdx.x / p.lanes;
-    const i32 o = min(output, p.N - 1), first_row = blockIdx.x / blocks * ROWS;
+    const i32 lane = threadIdx.x % p.lanes, first_output = blockIdx.x % blocks * outputs;
+    const i32 o = min(first_output + threadIdx.x / p.lanes, p.N - 1), first_row = blockIdx.x / blocks * ROWS;
     const i32 chunks = (p.K + Form::VALUES - 1) / Form::VALUES;
     const uint4* const row = (const uint4*)p.weight + (u64)o * chunks;
     typename Form::Element sum[ROWS] = {};
@@ -239,39 +249,33 @@ __device__ void stream(const Product& p) {
             loaded[i] = first + i * p.lanes < chunks ? load_weights(row + first + i * p.lanes) : uint4{0, 0, 0, 0};
 #pragma unroll
         for (i32 i = 0; i < IN_FLIGHT; ++i)
-            if (first + i * p.lanes < chunks) add_chunk<Form, ROWS>(p, o, first_row, first + i * p.lanes, loaded[i], sum);
+            if (first + i * p.lanes < chunks)
+                add_chunk<Form, ROWS>(p, o, first_row, first + i * p.lanes, loaded[i], sum);
     }
+#pragma unroll 1
+    for (i32 mask = p.lanes / 2; mask > 0; mask /= 2)
 #pragma unroll
-    for (i32 r = 0; r < ROWS; ++r) {
-        for (i32 mask = p.lanes / 2; mask > 0; mask /= 2) sum[r] += __shfl_xor_sync(ALL_LANES, sum[r], mask);
-        f32 value = activated(Form::finish(p, o, sum[r]) + p.bias[o], p.activation);
-        bool mine = r % p.lanes == lane && output < p.N && first_row + r < p.M;
-        i32 to = output;
-        if (p.activation == SWIGLU) {
-            const f32 other = __shfl_xor_sync(ALL_LANES, value, p.lanes);
-            value = silu(value) * other;
-            mine = mine && output % 2 == 0;
-            to = output / 2;
-        }
-        if (mine) put(p, first_row + r, to, value);
+        for (i32 r = 0; r < ROWS; ++r) sum[r] += __shfl_xor_sync(ALL_LANES, sum[r], mask);
+#pragma unroll
+    for (i32 r = 0; r < ROWS; ++r)
+        if (r % p.lanes == lane) sums[threadIdx.x / p.lanes][r] = sum[r];
+    __syncthreads();
+#pragma unroll 1
+    for (i32 i = threadIdx.x; i < outputs * ROWS; i += THREADS) {
+        const i32 output = first_output + i / ROWS, m = first_row + i % ROWS;
+        if (output < p.N && m < p.M) emit<Form>(p, m, output, sums[i / ROWS][i % ROWS], sums[i / ROWS + 1][i % ROWS]);
     }
 }
 
 const i32 TILE = 64, TILE_K = 32, THREAD_ROWS = 8, THREAD_OUTPUTS = 4;
-
-// 8 elements of a line to column `line` of a tile.
-template <typename Element>
-__device__ inline void to_tile(Element (*tile)[TILE + 1], i32 k, i32 line, const Element* values) {
-#pragma unroll
-    for (i32 i = 0; i < 8; ++i) tile[k + i][line] = values[i];
-}
 
 // Many rows: tiles of TILE rows and TILE outputs in shared memory; every sum runs along K in order.
 // Grid: ceil(N / TILE) * ceil(M / TILE).
 template <typename Form>
 __device__ void tiled(const Product& p) {
     typedef typename Form::Element Element;
-    __shared__ Element rows[TILE_K][TILE + 1], weights[TILE_K][TILE + 1];
+    __shared__ Element shared[2 * TILE_K][TILE + 1];  // x, then weights [K, line]; in the end sums [row, output]
+    Element(*const rows)[TILE + 1] = shared, (*const weights)[TILE + 1] = shared + TILE_K;
     const i32 blocks = (p.N + TILE - 1) / TILE, words = (p.K + Form::VALUES - 1) / Form::VALUES * 4;
     const i32 first_output = blockIdx.x % blocks * TILE, first_row = blockIdx.x / blocks * TILE;
     const i32 across = threadIdx.x % (TILE / THREAD_OUTPUTS) * THREAD_OUTPUTS;
@@ -286,8 +290,8 @@ __device__ void tiled(const Product& p) {
                 const u32* const from = (const u32*)p.weight + (u64)o * words + (k + part) / 8 * Form::WORDS;
                 Form::unpack(p, o, k + part, from, w);
             }
-            to_tile(rows, part, line, x);
-            to_tile(weights, part, line, w);
+#pragma unroll
+            for (i32 j = 0; j < 8; ++j) rows[part + j][line] = x[j], weights[part + j][line] = w[j];
         }
         __syncthreads();
 #pragma unroll 4
@@ -304,48 +308,40 @@ __device__ void tiled(const Product& p) {
         __syncthreads();
     }
 #pragma unroll
-    for (i32 i = 0; i < THREAD_ROWS; ++i) {
-        const i32 m = first_row + down + i;
-        f32 value[THREAD_OUTPUTS];
+    for (i32 m = 0; m < THREAD_ROWS; ++m)
 #pragma unroll
-        for (i32 j = 0; j < THREAD_OUTPUTS; ++j) {
-            const i32 o = min(first_output + across + j, p.N - 1);
-            value[j] = activated(Form::finish(p, o, sum[i][j]) + p.bias[o], p.activation);
-        }
-#pragma unroll
-        for (i32 j = 0; j < THREAD_OUTPUTS; ++j) {
-            const i32 o = first_output + across + j;
-            if (m >= p.M || o >= p.N) continue;
-            if (p.activation != SWIGLU)
-                put(p, m, o, value[j]);
-            else if (j % 2 == 0)
-                put(p, m, o / 2, silu(value[j]) * value[j + 1]);
-        }
+        for (i32 o = 0; o < THREAD_OUTPUTS; ++o) shared[down + m][across + o] = sum[m][o];
+    __syncthreads();
+#pragma unroll 1
+    for (i32 i = threadIdx.x; i < TILE * TILE; i += THREADS) {
+        const i32 m = first_row + i / TILE, o = first_output + i % TILE;
+        if (m < p.M && o < p.N) emit<Form>(p, m, o, shared[i / TILE][i % TILE], shared[i / TILE][i % TILE + 1]);
     }
 }
 
-#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS)
+// One block a multiprocessor is enough: with more, the compiler spills registers of the products of 16 rows.
+#define BOUNDED __launch_bounds__(THREADS, 1)
 
-KERNEL stream_fp16_2(PRODUCT_PARAMETERS) { stream<Fp16, 2>(PRODUCT); }
-KERNEL stream_fp16_4(PRODUCT_PARAMETERS) { stream<Fp16, 4>(PRODUCT); }
-KERNEL stream_fp16_8(PRODUCT_PARAMETERS) { stream<Fp16, 8>(PRODUCT); }
-KERNEL stream_fp16_16(PRODUCT_PARAMETERS) { stream<Fp16, 16>(PRODUCT); }
-KERNEL stream_int8_2(PRODUCT_PARAMETERS) { stream<Int8, 2>(PRODUCT); }
-KERNEL stream_int8_4(PRODUCT_PARAMETERS) { stream<Int8, 4>(PRODUCT); }
-KERNEL stream_int8_8(PRODUCT_PARAMETERS) { stream<Int8, 8>(PRODUCT); }
-KERNEL stream_int8_16(PRODUCT_PARAMETERS) { stream<Int8, 16>(PRODUCT); }
-KERNEL stream_int8_weight_2(PRODUCT_PARAMETERS) { stream<Int8Weight, 2>(PRODUCT); }
-KERNEL stream_int8_weight_4(PRODUCT_PARAMETERS) { stream<Int8Weight, 4>(PRODUCT); }
-KERNEL stream_int8_weight_8(PRODUCT_PARAMETERS) { stream<Int8Weight, 8>(PRODUCT); }
-KERNEL stream_int8_weight_16(PRODUCT_PARAMETERS) { stream<Int8Weight, 16>(PRODUCT); }
-KERNEL stream_int4_weight_2(PRODUCT_PARAMETERS) { stream<Int4Weight, 2>(PRODUCT); }
-KERNEL stream_int4_weight_4(PRODUCT_PARAMETERS) { stream<Int4Weight, 4>(PRODUCT); }
-KERNEL stream_int4_weight_8(PRODUCT_PARAMETERS) { stream<Int4Weight, 8>(PRODUCT); }
-KERNEL stream_int4_weight_16(PRODUCT_PARAMETERS) { stream<Int4Weight, 16>(PRODUCT); }
-KERNEL tiled_fp16(PRODUCT_PARAMETERS) { tiled<Fp16>(PRODUCT); }
-KERNEL tiled_int8(PRODUCT_PARAMETERS) { tiled<Int8>(PRODUCT); }
-KERNEL tiled_int8_weight(PRODUCT_PARAMETERS) { tiled<Int8Weight>(PRODUCT); }
-KERNEL tiled_int4_weight(PRODUCT_PARAMETERS) { tiled<Int4Weight>(PRODUCT); }
+extern "C" __global__ BOUNDED void stream_fp16_2(PRODUCT_PARAMETERS) { stream<Fp16, 2>(PRODUCT); }
+extern "C" __global__ BOUNDED void stream_fp16_4(PRODUCT_PARAMETERS) { stream<Fp16, 4>(PRODUCT); }
+extern "C" __global__ BOUNDED void stream_fp16_8(PRODUCT_PARAMETERS) { stream<Fp16, 8>(PRODUCT); }
+extern "C" __global__ BOUNDED void stream_fp16_16(PRODUCT_PARAMETERS) { stream<Fp16, 16>(PRODUCT); }
+extern "C" __global__ BOUNDED void stream_int8_2(PRODUCT_PARAMETERS) { stream<Int8, 2>(PRODUCT); }
+extern "C" __global__ BOUNDED void stream_int8_4(PRODUCT_PARAMETERS) { stream<Int8, 4>(PRODUCT); }
+extern "C" __global__ BOUNDED void stream_int8_8(PRODUCT_PARAMETERS) { stream<Int8, 8>(PRODUCT); }
+extern "C" __global__ BOUNDED void stream_int8_16(PRODUCT_PARAMETERS) { stream<Int8, 16>(PRODUCT); }
+extern "C" __global__ BOUNDED void stream_int8_weight_2(PRODUCT_PARAMETERS) { stream<Int8Weight, 2>(PRODUCT); }
+extern "C" __global__ BOUNDED void stream_int8_weight_4(PRODUCT_PARAMETERS) { stream<Int8Weight, 4>(PRODUCT); }
+extern "C" __global__ BOUNDED void stream_int8_weight_8(PRODUCT_PARAMETERS) { stream<Int8Weight, 8>(PRODUCT); }
+extern "C" __global__ BOUNDED void stream_int8_weight_16(PRODUCT_PARAMETERS) { stream<Int8Weight, 16>(PRODUCT); }
+extern "C" __global__ BOUNDED void stream_int4_weight_2(PRODUCT_PARAMETERS) { stream<Int4Weight, 2>(PRODUCT); }
+extern "C" __global__ BOUNDED void stream_int4_weight_4(PRODUCT_PARAMETERS) { stream<Int4Weight, 4>(PRODUCT); }
+extern "C" __global__ BOUNDED void stream_int4_weight_8(PRODUCT_PARAMETERS) { stream<Int4Weight, 8>(PRODUCT); }
+extern "C" __global__ BOUNDED void stream_int4_weight_16(PRODUCT_PARAMETERS) { stream<Int4Weight, 16>(PRODUCT); }
+extern "C" __global__ BOUNDED void tiled_fp16(PRODUCT_PARAMETERS) { tiled<Fp16>(PRODUCT); }
+extern "C" __global__ BOUNDED void tiled_int8(PRODUCT_PARAMETERS) { tiled<Int8>(PRODUCT); }
+extern "C" __global__ BOUNDED void tiled_int8_weight(PRODUCT_PARAMETERS) { tiled<Int8Weight>(PRODUCT); }
+extern "C" __global__ BOUNDED void tiled_int4_weight(PRODUCT_PARAMETERS) { tiled<Int4Weight>(PRODUCT); }
 
 // ---- norms ----
 
@@ -378,10 +374,10 @@ __device__ inline f32 root_mean_square(const f32* x, i32 D) {
     return sqrtf(across_block<added>(sum) / D + RMS_NORM_EPS);
 }
 
-// out [M, D]: the RMS norm of x [M, D], times scale, plus shift, rows of which are `stride` apart; neither where scale is
-// null. With first_weight [D], x itself becomes its norm times that before. Grid: a block per row.
-KERNEL norm_modulate(f32* x, const f32* first_weight, const u16* scale, const u16* shift, void* out, i32 D, i32 stride,
-                     f32 out_scale) {
+// out [M, D]: the RMS norm of x [M, D], times scale, plus shift, rows of which are `stride` apart; neither where scale
+// is null. With first_weight [D], x itself becomes its norm times that before. Grid: a block per row.
+extern "C" __global__ BOUNDED void norm_modulate(f32* x, const f32* first_weight, const u16* scale, const u16* shift,
+                                                 void* out, i32 D, i32 stride, f32 out_scale) {
     f32* const row = x + (u64)blockIdx.x * D;
     const u64 modulation = (u64)blockIdx.x * stride;
     if (first_weight) {
@@ -398,8 +394,8 @@ KERNEL norm_modulate(f32* x, const f32* first_weight, const u16* scale, const u1
 
 // out [M, D] from rows of x: of every skipped + kept rows the last `kept`. May be in place where none is skipped.
 // Grid: a block per row of out.
-KERNEL layer_norm(const f32* x, const f32* weight, const f32* bias, void* out, i32 D, i32 kept, i32 skipped,
-                  f32 out_scale) {
+extern "C" __global__ BOUNDED void layer_norm(const f32* x, const f32* weight, const f32* bias, void* out, i32 D,
+                                              i32 kept, i32 skipped, f32 out_scale) {
     const i32 m = blockIdx.x;
     const f32* const row = x + ((u64)(m / kept) * (kept + skipped) + skipped + m % kept) * D;
     f32 sum = 0, squares = 0;
@@ -428,8 +424,8 @@ __device__ inline void read_chunk(const f32* from, f32* values) {
     values[0] = loaded.x, values[1] = loaded.y, values[2] = loaded.z, values[3] = loaded.w;
 }
 
-// out [d] of one query, which is in shared memory and scaled, over `count` keys and values [d], `stride` elements apart.
-// All threads of the block. d is a multiple of the elements in 16 bytes.
+// out [d] of one query, which is in shared memory and scaled, over `count` keys and values [d], `stride` elements
+// apart. All threads of the block. d is a multiple of the elements in 16 bytes.
 template <typename Element>
 __device__ void attend(const f32* query, const Element* keys, const Element* values, u64 stride, i32 count, i32 d,
                        void* out, u64 out_at, f32 out_scale) {
@@ -479,10 +475,12 @@ __device__ void attend(const f32* query, const Element* keys, const Element* val
 // Pairs of channels of one head [d]: RMS norm times weight [d], then rotated by a row of the rotary tables [d / 2].
 // All lanes of a warp; take(channel, first, second) is called for every pair.
 template <typename Take>
-__device__ inline void rotate_head(const f32* head, const f32* weight, const f32* cos, const f32* sin, i32 d, Take take) {
+__device__ inline void rotate_head(const f32* head, const f32* weight, const f32* cos, const f32* sin, i32 d,
+                                   Take take) {
     const i32 lane = threadIdx.x % WARP;
     f32 squares = 0;
-    for (i32 i = 2 * lane; i < d; i += 2 * WARP) squares = fmaf(head[i], head[i], fmaf(head[i + 1], head[i + 1], squares));
+    for (i32 i = 2 * lane; i < d; i += 2 * WARP)
+        squares = fmaf(head[i], head[i], fmaf(head[i + 1], head[i + 1], squares));
     const f32 root = sqrtf(warp_sum(squares) / d + RMS_NORM_EPS);
     for (i32 i = 2 * lane; i < d; i += 2 * WARP) {
         const f32 even = head[i] / root * weight[i], odd = head[i + 1] / root * weight[i + 1];
@@ -493,13 +491,15 @@ __device__ inline void rotate_head(const f32* head, const f32* weight, const f32
 
 // Of a position's 2H heads: the row of the rotary tables that rotates one. Keys, and the queries of the first half of
 // the heads, rotate by where they are, the other queries by what they predict.
-__device__ inline u64 rotary_row(i32 head, i32 H, i32 own, i32 target) { return head >= H / 2 && head < H ? target : own; }
+__device__ inline u64 rotary_row(i32 head, i32 H, i32 own, i32 target) {
+    return head >= H / 2 && head < H ? target : own;
+}
 
-// One new position of every row, at start [R]: its keys and values go to the caches [R, H, S, d], and its queries attend
-// to all positions up to it. qkv [R, 3HD], norm_weight [2H, d], out [R, H, d]. Grid: R * H blocks.
-KERNEL attend_step(const f32* qkv, const i32* own, const i32* targets, const i32* start, const f32* norm_weight,
-                   const f32* rope_cos, const f32* rope_sin, u16* keys, u16* values, void* out, i32 H, i32 d, i32 S,
-                   f32 out_scale) {
+// One new position of every row, at start [R]: its keys and values go to the caches [R, H, S, d], and its queries
+// attend to all positions up to it. qkv [R, 3HD], norm_weight [2H, d], out [R, H, d]. Grid: R * H blocks.
+extern "C" __global__ BOUNDED void attend_step(const f32* qkv, const i32* own, const i32* targets, const i32* start,
+                                               const f32* norm_weight, const f32* rope_cos, const f32* rope_sin,
+                                               u16* keys, u16* values, void* out, i32 H, i32 d, i32 S, f32 out_scale) {
     __shared__ f32 query[MAX_HEAD_DIM];
     const i32 r = blockIdx.x / H, h = blockIdx.x % H, warp = threadIdx.x / WARP, position = start[r];
     const f32* const from = qkv + (u64)r * 3 * H * d;
@@ -526,8 +526,9 @@ KERNEL attend_step(const f32* qkv, const i32* own, const i32* targets, const i32
 
 // All positions of a prefix: keys and values to keys, values [G, H, T, d]; queries, scaled, stay in qkv [G*T, 3HD].
 // Grid: a warp for every head of every position, G*T*3H in all.
-KERNEL rotate_prefix(f32* qkv, const i32* own, const i32* targets, const f32* norm_weight, const f32* rope_cos,
-                     const f32* rope_sin, u16* keys, u16* values, i32 M, i32 T, i32 H, i32 d) {
+extern "C" __global__ BOUNDED void rotate_prefix(f32* qkv, const i32* own, const i32* targets, const f32* norm_weight,
+                                                 const f32* rope_cos, const f32* rope_sin, u16* keys, u16* values,
+                                                 i32 M, i32 T, i32 H, i32 d) {
     const i32 item = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP, m = item / (3 * H), head = item % (3 * H);
     if (m >= M) return;  // the whole warp
     f32* const from = qkv + ((u64)m * 3 * H + head) * d;
@@ -549,7 +550,8 @@ KERNEL rotate_prefix(f32* qkv, const i32* own, const i32* targets, const f32* no
 
 // Every position of a prefix attends to itself and those before: what rotate_prefix left -> out [G*T, H, d].
 // Grid: G*T*H blocks.
-KERNEL attend_prefix(const f32* qkv, const u16* keys, const u16* values, void* out, i32 T, i32 H, i32 d, f32 out_scale) {
+extern "C" __global__ BOUNDED void attend_prefix(const f32* qkv, const u16* keys, const u16* values, void* out, i32 T,
+                                                 i32 H, i32 d, f32 out_scale) {
     __shared__ f32 query[MAX_HEAD_DIM];
     const i32 m = blockIdx.x / H, h = blockIdx.x % H;
     for (i32 i = threadIdx.x; i < d; i += THREADS) query[i] = qkv[((u64)m * 3 * H + h) * d + i];
@@ -559,7 +561,7 @@ KERNEL attend_prefix(const f32* qkv, const u16* keys, const u16* values, void* o
 }
 
 // The decoder's: each of an image's T positions attends to all. qkv [I*T, 3HD], out [I*T, H, d]. Grid: I*T*H blocks.
-KERNEL attend_image(const f32* qkv, void* out, i32 T, i32 H, i32 d, f32 out_scale) {
+extern "C" __global__ BOUNDED void attend_image(const f32* qkv, void* out, i32 T, i32 H, i32 d, f32 out_scale) {
     __shared__ f32 query[MAX_HEAD_DIM];
     const i32 m = blockIdx.x / H, h = blockIdx.x % H;
     const u64 width = (u64)3 * H * d;
@@ -573,8 +575,9 @@ KERNEL attend_image(const f32* qkv, void* out, i32 T, i32 H, i32 d, f32 out_scal
 // ---- what products read first ----
 
 // out [P, D]: SiLU of a class's embedding plus that of a position. Any grid.
-KERNEL modulation_input(const i32* class_id, const i32* positions, const f32* symbol_embedding,
-                        const f32* timesteps_embeddings, void* out, i32 P, i32 D, i32 first_class, f32 out_scale) {
+extern "C" __global__ BOUNDED void modulation_input(const i32* class_id, const i32* positions,
+                                                    const f32* symbol_embedding, const f32* timesteps_embeddings,
+                                                    void* out, i32 P, i32 D, i32 first_class, f32 out_scale) {
     for (u64 i = first_item(); i < (u64)P * D; i += item_stride()) {
         const u64 pair = i / D, d = i % D;
         const f32 embedded = symbol_embedding[(u64)(first_class + class_id[pair]) * D + d];
@@ -583,7 +586,8 @@ KERNEL modulation_input(const i32* class_id, const i32* positions, const f32* sy
 }
 
 // out [S, 2F]: sines, then cosines, of the ratio's angle at every frequency. Any grid.
-KERNEL ratio_features(const f32* mask_ratio, const f32* frequencies, f32* out, i32 S, i32 F) {
+extern "C" __global__ BOUNDED void ratio_features(const f32* mask_ratio, const f32* frequencies, f32* out, i32 S,
+                                                  i32 F) {
     for (u64 i = first_item(); i < (u64)S * F; i += item_stride()) {
         const u64 s = i / F, f = i % F;
         const f32 turns = mask_ratio[s] * frequencies[f];
@@ -593,7 +597,8 @@ KERNEL ratio_features(const f32* mask_ratio, const f32* frequencies, f32* out, i
 }
 
 // out [S, R, W]: the head's condition c = SiLU(ratio + latent), through the SiLU before its modulation. Any grid.
-KERNEL head_condition(const f32* ratio_embedding, const f32* latent, void* out, i32 S, i32 R, i32 W, f32 out_scale) {
+extern "C" __global__ BOUNDED void head_condition(const f32* ratio_embedding, const f32* latent, void* out, i32 S,
+                                                  i32 R, i32 W, f32 out_scale) {
     for (u64 i = first_item(); i < (u64)S * R * W; i += item_stride()) {
         const u64 s = i / W / R;
         const f32 sum = ratio_embedding[s * W + i % W] + latent[i % ((u64)R * W)];
@@ -603,9 +608,15 @@ KERNEL head_condition(const f32* ratio_embedding, const f32* latent, void* out, 
 
 // ---- the decoder's ends ----
 
+// out [M, to]: rows of `from` values, filled up with zeros. Any grid.
+extern "C" __global__ BOUNDED void pad_rows(const f32* x, f32* out, i32 M, i32 from, i32 to) {
+    for (u64 i = first_item(); i < (u64)M * to; i += item_stride())
+        out[i] = i % to < from ? x[i / to * from + i % to] : 0;
+}
+
 // x [I, 1 + cells, D]: the class position, then projected [I, cells, D], plus the positional embedding. Any grid.
-KERNEL embed_image(const f32* projected, const f32* class_embedding, const f32* positional_embedding, f32* x, i32 I,
-                   i32 cells, i32 D) {
+extern "C" __global__ BOUNDED void embed_image(const f32* projected, const f32* class_embedding,
+                                               const f32* positional_embedding, f32* x, i32 I, i32 cells, i32 D) {
     const u64 image = (u64)(1 + cells) * D;
     for (u64 i = first_item(); i < I * image; i += item_stride()) {
         const u64 within = i % image;
@@ -614,9 +625,10 @@ KERNEL embed_image(const f32* projected, const f32* class_embedding, const f32* 
     }
 }
 
-// image [I, 3, H, H], H = side * patch: a 3x3 convolution (weight [3, 3, 3, 3], zeros around) over the pixels of patches
-// [I, side, side, patch, patch, 3]. Any grid.
-KERNEL conv_out(const f32* patches, const f32* weight, const f32* bias, f32* image, i32 I, i32 side, i32 patch) {
+// image [I, 3, H, H], H = side * patch: a 3x3 convolution (weight [3, 3, 3, 3], zeros around) over the pixels of
+// patches [I, side, side, patch, patch, 3]. Any grid.
+extern "C" __global__ BOUNDED void conv_out(const f32* patches, const f32* weight, const f32* bias, f32* image, i32 I,
+                                            i32 side, i32 patch) {
     const i32 size = side * patch;
     const u64 plane = (u64)size * size;
     for (u64 i = first_item(); i < I * 3 * plane; i += item_stride()) {

@@ -1,11 +1,19 @@
 """kernels.cu on the CPU and on the GPU, once per session."""
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
 import pytest
 
 from bar_edge.runtime.engines.cuda.compiler import KERNELS
+from bar_edge.runtime.engines.cuda.module import PRODUCTS
 from bar_edge.runtime.errors import EngineError
 
-from .host import HostKernels, build
+from .host import NATIVE, RACE_FOUND, HostKernels, build
 
 try:
     from .gpu import GpuKernels
@@ -14,11 +22,27 @@ try:
 except (ImportError, RuntimeError, EngineError) as error:  # no cuda-bindings, no driver, no GPU or no NVRTC for it
     ON_GPU, NO_GPU = None, str(error)
 
+PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from pathlib import Path
+from host import HostKernels
+
+kernels = HostKernels(Path(sys.argv[2]))
+"""
+
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
     """The kernels on the CPU. Skips where there is no g++."""
     return HostKernels(build(KERNELS, tmp_path_factory.mktemp("host_kernels")))
+
+
+@pytest.fixture(scope="session")
+def products(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
+    """The kernels of the engine `cuda`, products.cu, on the CPU. Skips where there is no g++."""
+    return HostKernels(build(PRODUCTS, tmp_path_factory.mktemp("host_products"), NATIVE))
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +57,32 @@ def gpu() -> "GpuKernels":
 def kernels(request: pytest.FixtureRequest):
     """What runs kernels, in turn."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def thread_sanitizer(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a program on a source's kernels, finding data races. Skips where ThreadSanitizer does not work."""
+    folder = tmp_path_factory.mktemp("thread_sanitizer")
+
+    @cache
+    def library(source: Path) -> Path:
+        return build(source, folder, ["-fsanitize=thread"])
+
+    def run(program: str, source: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        found = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True)
+        settings = {"LD_PRELOAD": found.stdout.strip(), "TSAN_OPTIONS": f"exitcode={RACE_FOUND}"}
+        folders = [str(Path(__file__).parent), str(library(source))]
+        command = [sys.executable, "-c", PROGRAM + program, *folders, *arguments]
+        return subprocess.run(
+            command, env=os.environ | settings, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    try:
+        done = run("", KERNELS)
+    except RuntimeError as error:
+        pytest.skip(f"g++ has no ThreadSanitizer here: {error}")
+    if done.returncode:
+        pytest.skip(f"ThreadSanitizer does not run here: {done.stderr.strip()}")
+    return run

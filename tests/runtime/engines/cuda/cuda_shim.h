@@ -51,6 +51,15 @@ inline float half_to_float(unsigned short bits) { return std::bit_cast<_Float16>
 
 inline unsigned short float_to_half(float value) { return std::bit_cast<unsigned short>(_Float16(value)); }
 
+template <typename A, typename B>
+std::common_type_t<A, B> min(A a, B b) {
+    return a < b ? std::common_type_t<A, B>(a) : std::common_type_t<A, B>(b);
+}
+
+inline float sinpif(float x) { return std::sin(M_PI * x); }
+
+inline float cospif(float x) { return std::cos(M_PI * x); }
+
 // Four products of signed bytes, added to `sum`.
 inline int __dp4a(int a, int b, int sum) {
     for (int shift = 0; shift < 32; shift += 8) sum += int8_t(a >> shift) * int8_t(b >> shift);

@@ -1,9 +1,5 @@
 """The CPU stand-in for CUDA: what it says about kernels is only worth what it can find wrong."""
 
-import os
-import subprocess
-import sys
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +7,7 @@ import pytest
 
 from bar_edge.runtime.engines.cuda.compiler import KERNELS
 
-from .host import HostKernels, build
+from .host import RACE_FOUND, HostKernels, build
 
 COOPERATING = """
 __device__ int warp_sum(int value) {
@@ -46,15 +42,6 @@ extern "C" __global__ void racing_reverse(const int* values, int* reversed, int)
     reversed[threadIdx.x] = shared[blockDim.x - 1 - threadIdx.x];
 }
 """
-PROGRAM = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import numpy as np
-from pathlib import Path
-from host import HostKernels
-
-kernels = HostKernels(Path(sys.argv[2]))
-"""
 SAMPLE = """
 for k, block in ((10, 10), (64, 64), (64, 7), (256, 64)):
     rng = np.random.default_rng(k)
@@ -71,7 +58,6 @@ for k, block in ((10, 10), (64, 64), (64, 7), (256, 64)):
 REVERSE = """
 kernels.launch(sys.argv[3], 1, 64, np.arange(64, dtype=np.int32), np.zeros(64, dtype=np.int32), np.int32(3))
 """
-RACE_FOUND = 66
 
 
 @pytest.fixture(scope="module")
@@ -148,33 +134,6 @@ def test_a_source_that_does_not_compile_says_why(tmp_path):
     broken.write_text('extern "C" __global__ void broken(int* n) { *n = missing; }')
     with pytest.raises(RuntimeError, match="missing"):
         build(broken, tmp_path)
-
-
-@pytest.fixture(scope="module")
-def thread_sanitizer(source: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Run a program on a source's kernels, finding data races. Skips where ThreadSanitizer does not work."""
-    folder = tmp_path_factory.mktemp("thread_sanitizer")
-
-    @cache
-    def library(source: Path) -> Path:
-        return build(source, folder, ["-fsanitize=thread"])
-
-    def run(program: str, source: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-        found = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True)
-        settings = {"LD_PRELOAD": found.stdout.strip(), "TSAN_OPTIONS": f"exitcode={RACE_FOUND}"}
-        folders = [str(Path(__file__).parent), str(library(source))]
-        command = [sys.executable, "-c", PROGRAM + program, *folders, *arguments]
-        return subprocess.run(
-            command, env=os.environ | settings, capture_output=True, text=True, timeout=300, check=False
-        )
-
-    try:
-        done = run("", source)
-    except RuntimeError as error:
-        pytest.skip(f"g++ has no ThreadSanitizer here: {error}")
-    if done.returncode:
-        pytest.skip(f"ThreadSanitizer does not run here: {done.stderr.strip()}")
-    return run
 
 
 def test_the_threads_of_sample_pass_do_not_race(thread_sanitizer):

@@ -1,0 +1,136 @@
+"""`bar-edge compile --target cuda`: a bundle's weights laid out as the kernels of `runtime/engines/cuda/` read them.
+
+Nothing depends on a GPU: kernels are compiled where they first run, for the GPU that is there, and batch sizes are
+chosen there. Of a linear layer there are
+
+    {layer}.weight_chunks [rows, bytes] uint8     fp16, INT8, or INT4 two a byte, low first; in chunks of 16 bytes
+    {layer}.weight_scale [out] float32            int8 and int8-weight
+    {layer}.block_scale [out, blocks] float16     int4-weight
+    {layer}.input_scale [] float32                int8
+    {layer}.bias [out] float32
+
+and all other tensors as they were. Inputs are filled up with zeros to a multiple of 8 and to whole chunks, rows to a
+multiple of 4, so that all weights begin on a 64-byte boundary of the file, which is copied to the device as it is.
+Outputs of `w12` alternate between its two halves: SwiGLU takes them in pairs.
+"""
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from bar_edge.export.device_weights import device_weights, write
+from bar_edge.export.linear import FP16, FP32, INT4_WEIGHT, INT8
+from bar_edge.runtime import weights
+from bar_edge.runtime.bundle import SELFTEST, Bundle, publish, write_manifest
+from bar_edge.runtime.engines.cuda.resident import CHUNK_BYTES, CHUNK_VALUES, FAMILY, NAME
+from bar_edge.runtime.errors import CompatibilityError, RequestError
+from bar_edge.runtime.inspection import linear_layers
+from bar_edge.runtime.weights import PendingTensor
+
+Progress = Callable[[str, int, int], None]
+_INPUT_MULTIPLE, _ROW_MULTIPLE = 8, 4
+_INTEGER_MULTIPLE = 16  # of the inputs of integer layers; `quantize` keeps to it
+_RATIO_LAYERS = ("lm_head.t_embedder.mlp.0", "lm_head.t_embedder.mlp.2")  # never quantized
+
+
+def prepack_bundle(source: Bundle, output: Path, *, force: bool = False, progress: Progress | None = None) -> Bundle:
+    """Write the bundle of the engine `cuda`, fp32 or quantized layers in fp16, INT8 and INT4.
+
+    Raises RequestError for a compiled bundle, CompatibilityError for one that only ONNX Runtime runs, BundleError for
+    weights that float16 cannot hold.
+    """
+    report = progress or (lambda what, done, total: None)
+    _check(source)
+    precisions = linear_layers(weights.read_places(source.path / weights.FILE_NAME))
+    precisions |= dict.fromkeys(_RATIO_LAYERS, FP32)
+    tensors, layers = prepacked(weights.open_weights(source.path), precisions)
+    with publish(output, 2 * source.file_bytes(weights.FILE_NAME), force=force) as folder:
+        report("writing weights for the kernels", 0, 1)
+        write(folder, tensors)
+        shutil.copyfile(source.path / SELFTEST, folder / SELFTEST)
+        write_manifest(
+            folder, spec=source.spec, recipe=source.recipe, variant=source.variant, graphs={},
+            provenance={
+                "made_by": {name: metadata.version(name) for name in ("bar-edge", "numpy")},
+                "source": {"digest": source.digest, "provenance": source.manifest["provenance"]},
+            },
+            quantization=source.manifest.get("quantization"),
+            engines={NAME: {"family": FAMILY, "precision": FP16, "layers": layers}},
+            progress=report,
+        )  # fmt: skip
+    return Bundle.open(output, report)
+
+
+def sentence(made: Bundle) -> str:
+    """What a bundle for `cuda` is, for people: `kernel family 1, 620.1 MiB of weights, int8 x96, fp16 x4`."""
+    account = made.manifest["engines"][NAME]
+    forms = Counter(entry["form"] for entry in account["layers"].values())
+    size = made.file_bytes(weights.FILE_NAME) / 2**20
+    listed = ", ".join(f"{form} x{count}" for form, count in forms.most_common())
+    return f"kernel family {account['family']}, {size:.1f} MiB of weights, {listed}"
+
+
+def prepacked(
+    tensors: Mapping[str, NDArray[Any]], precisions: Mapping[str, str]
+) -> tuple[dict[str, PendingTensor], dict[str, dict[str, Any]]]:
+    """Tensors as they are written, and of every linear layer its `form` and `in_features` (as filled up)."""
+    made = device_weights(tensors, precisions, TensorProto.FLOAT16)
+    layers = {}
+    for layer, precision in precisions.items():
+        form = FP16 if precision == FP32 else precision
+        stored = made.pop(f"{layer}.weight_int8" if form == INT8 else f"{layer}.weight")
+        order = _output_order(layer, made[f"{layer}.bias"].shape[0])
+        for part in ("bias", "weight_scale", "block_scale"):
+            if f"{layer}.{part}" in made:
+                made[f"{layer}.{part}"] = _reordered(made[f"{layer}.{part}"], order)
+        in_features = stored.shape[0] if form == INT8 else stored.shape[1] * (2 if form == INT4_WEIGHT else 1)
+        if form != FP16 and in_features % _INTEGER_MULTIPLE:
+            raise CompatibilityError(
+                f"{layer}: has {in_features} inputs in {form}, the kernels take multiples of {_INTEGER_MULTIPLE}; "
+                "leave this layer in floats"
+            )
+        made[f"{layer}.weight_chunks"] = _chunked(stored, form, in_features, order)
+        layers[layer] = {"form": form, "in_features": _up(in_features, _INPUT_MULTIPLE)}
+    return made, layers
+
+
+def _output_order(layer: str, outputs: int) -> NDArray[np.int64]:
+    """Which output of the layer each row of its weights is."""
+    order = np.arange(outputs)
+    return order.reshape(2, -1).T.reshape(-1) if layer.endswith(".mlp.w12") else order
+
+
+def _reordered(pending: PendingTensor, order: NDArray[np.int64]) -> PendingTensor:
+    return PendingTensor(pending.dtype, pending.shape, lambda: pending.make()[order])
+
+
+def _chunked(pending: PendingTensor, form: str, in_features: int, order: NDArray[np.int64]) -> PendingTensor:
+    """Rows of bytes, in whole chunks."""
+    shape = (_up(len(order), _ROW_MULTIPLE), -(-in_features // CHUNK_VALUES[form]) * CHUNK_BYTES)
+
+    def make() -> NDArray[np.uint8]:
+        values = pending.make()
+        rows = np.ascontiguousarray((values.T if form == INT8 else values)[order]).view(np.uint8)
+        return np.pad(rows, [(0, whole - found) for whole, found in zip(shape, rows.shape, strict=True)])
+
+    return PendingTensor(np.dtype(np.uint8), shape, make)
+
+
+def _check(source: Bundle) -> None:
+    if "engines" in source.manifest:
+        raise RequestError(f"{source.path}: is compiled already; compile the bundle it was made from")
+    if source.manifest.get("quantization", {}).get("activations") == "asymmetric":
+        raise CompatibilityError(
+            f"{source.path}: has asymmetric activations, which only ONNX Runtime runs; quantize without --asymmetric"
+        )
+
+
+def _up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

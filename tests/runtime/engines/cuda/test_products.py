@@ -1,0 +1,445 @@
+"""The kernels of the engine `cuda` against numpy, executed on the CPU; for every GPU they compile without spilling."""
+
+import math
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from bar_edge.calibration.quantize import from_blocks, per_channel, to_blocks
+from bar_edge.export.linear import BITS
+from bar_edge.export.prepack import prepacked
+from bar_edge.runtime.engines.cuda.compiler import OPTIONS, compile_source
+from bar_edge.runtime.engines.cuda.graphs import Activation, Destination
+from bar_edge.runtime.engines.cuda.module import PRODUCTS, THREADS
+from bar_edge.runtime.spec import LAYER_NORM_EPS, RMS_NORM_EPS
+
+from .test_compiler import NVCC_SMS, SMS
+
+FORMS = ("fp16", "int8", "int8-weight", "int4-weight")
+INPUT_SCALE, OUT_SCALE = np.float32(0.02), np.float32(0.03)
+MAX_REGISTERS, MANY_ROWS_REGISTERS = 128, 255  # 16 warps, or 8 where 8 or 16 rows are summed, fit a multiprocessor
+NAMES = re.findall(r"__global__ BOUNDED void (\w+)", PRODUCTS.read_text())
+ROW_TILES = (2, 4, 8, 16)
+RACES = """
+i32, f32 = np.int32, np.float32
+rng = np.random.default_rng(0)
+
+def floats(*shape):
+    return rng.standard_normal(shape, dtype=np.float32)
+
+def halves(*shape):
+    return floats(*shape).astype(np.float16).view(np.uint16)
+
+def product(kernel, blocks, chunk, activation, rows=3, inputs=64, outputs=68):
+    weight = rng.integers(0, 99, (outputs, inputs // chunk * 16), dtype=np.uint8)
+    scale = floats(outputs) if "int8" in kernel else halves(outputs, inputs // 32)
+    x = weight if kernel.endswith("int8_4") or kernel.endswith("int8") else floats(rows, inputs)
+    sizes = [i32(size) for size in (rows, outputs, inputs, 2, 32)]
+    out = (floats(rows, outputs), None)
+    rest = (f32(1), i32(activation), i32(0), f32(0), i32(1), i32(0), i32(0))
+    kernels.launch(kernel, blocks, 128, weight, scale, floats(outputs), x, *out, *sizes, *rest)
+
+for form, chunk in (("fp16", 8), ("int8", 16), ("int8_weight", 16), ("int4_weight", 32)):
+    product(f"stream_{form}_4", 2, chunk, 3)
+    product(f"tiled_{form}", 2, chunk, 3)
+x, weight = floats(2, 150), floats(150)
+kernels.launch("norm_modulate", 2, 128, x, weight, None, None, x.copy(), i32(150), i32(0), f32(0))
+kernels.launch("layer_norm", 2, 128, x, weight, weight, x, i32(150), i32(1), i32(0), f32(0))
+rows, heads, d, length = 2, 2, 40, 24
+qkv, norm, cos, sin = floats(6, 3 * heads, d), floats(2 * heads, d), floats(4, d // 2), floats(4, d // 2)
+where, start = np.arange(6, dtype=np.int32) % 4, np.full(rows, 18, dtype=np.int32)
+keys, values, out = halves(rows, heads, length, d), halves(rows, heads, length, d), floats(6, heads, d)
+tables = (where, where, norm, cos, sin)
+sizes = (i32(heads), i32(d))
+step = (where, where, start, norm, cos, sin, keys, values, out, *sizes, i32(length), f32(0))
+kernels.launch("attend_step", rows * heads, 128, qkv, *step)
+kernels.launch("rotate_prefix", 9, 128, qkv, *tables, keys, values, i32(6), i32(3), *sizes)
+kernels.launch("attend_prefix", 6 * heads, 128, qkv, keys, values, out, i32(3), *sizes, f32(0))
+kernels.launch("attend_image", 6 * heads, 128, qkv, out, i32(3), *sizes, f32(0))
+"""
+
+
+def i32(*values):
+    return [np.int32(value) for value in values]
+
+
+def floats(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).standard_normal(shape, dtype=np.float32)
+
+
+def halves(*shape, seed=0):
+    return floats(*shape, seed=seed).astype(np.float16)
+
+
+def bits(array):
+    """float16 as the kernels take it."""
+    return array.view(np.uint16)
+
+
+def levels(x, scale):
+    return np.clip(np.rint(x / scale), -128, 127).astype(np.int8)
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def softmax(x):
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def rms_norm(x):
+    return x / np.sqrt((x.astype(np.float64) ** 2).mean(axis=-1, keepdims=True) + RMS_NORM_EPS)
+
+
+class Layer:
+    """A linear layer of random weights, as it is packed and as what it stands for."""
+
+    def __init__(self, form, inputs, outputs, name="layer"):
+        weight, self.bias = floats(outputs, inputs) / np.float32(np.sqrt(inputs)), floats(outputs, seed=1)
+        stored = {"bias": self.bias}
+        if form == "fp16":
+            stored["weight"] = weight
+            self.weight = weight.astype(np.float16).astype(np.float64)
+        elif form == "int8":
+            values, scale = per_channel(weight)
+            stored |= {"weight_int8": values.T.copy(), "weight_scale": scale, "input_scale": np.array(INPUT_SCALE)}
+            self.weight = values.astype(np.float64) * scale[:, None]
+        else:
+            values, scale = to_blocks(weight, BITS[form], np.ones(inputs, dtype=np.float32))
+            stored |= {f"weight_blocks{BITS[form]}": values, "block_scale": scale}
+            self.weight = from_blocks(values, scale.astype(np.float16) if form == "int4-weight" else scale, BITS[form])
+        made, self.account = prepacked({f"{name}.{part}": array for part, array in stored.items()}, {name: form})
+        self.form, self.stored = form, {part.removeprefix(f"{name}."): one.make() for part, one in made.items()}
+        self.inputs, self.outputs = self.account[name]["in_features"], outputs
+
+    def activation(self, x):
+        """x [M, in] as the layer reads it, and what that stands for."""
+        if self.form == "int8":
+            return levels(x, INPUT_SCALE), levels(x, INPUT_SCALE).astype(np.float64) * INPUT_SCALE
+        padded = np.zeros((len(x), self.inputs), dtype=np.float32)
+        padded[:, : x.shape[1]] = x
+        return padded, x.astype(np.float64)
+
+    def run(
+        self, products, x, out, *, tile, lanes=4, gate=None, activation=0, destination=0, out_scale=0, shape=(1, 0, 0)
+    ):
+        """One launch; tile: rows of a streaming product, or None for tiles."""
+        kernel, rows = self.form.replace("-", "_"), len(x)
+        per_block = 64 if tile is None else THREADS // lanes
+        blocks = -(-self.outputs // per_block) * -(-rows // (tile or 64))
+        name = f"tiled_{kernel}" if tile is None else f"stream_{kernel}_{tile}"
+        scale = self.stored.get("weight_scale", self.stored.get("block_scale"))
+        block = self.inputs // scale.shape[1] if self.form == "int4-weight" else 0
+        products.launch(
+            name, blocks, THREADS, self.stored["weight_chunks"], scale, self.stored["bias"], x, out, gate,
+            *i32(rows, self.outputs, self.inputs, lanes, block), INPUT_SCALE if self.form == "int8" else np.float32(0),
+            *i32(activation, destination), np.float32(out_scale), *i32(*shape),
+        )  # fmt: skip
+        return out
+
+    def product(self, products, x, tile, lanes=4):
+        out = np.full((len(x), self.outputs), np.nan, dtype=np.float32)
+        return self.run(products, self.activation(x)[0], out, tile=tile, lanes=lanes)
+
+    def expected(self, x):
+        return self.activation(x)[1] @ self.weight.T + self.bias
+
+
+# -- products ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tile", [*ROW_TILES, None])
+@pytest.mark.parametrize("form", FORMS)
+def test_products_are_those_of_numpy(products, form, tile):
+    layer = Layer(form, 80, 70)  # chunks and blocks of outputs that are not whole
+    x = floats(19 if tile else 67, 80)
+    np.testing.assert_allclose(layer.product(products, x, tile), layer.expected(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 8, 32])
+@pytest.mark.parametrize("form", FORMS)
+def test_any_number_of_lanes_shares_an_output(products, form, lanes):
+    layer, x = Layer(form, 1152, 6), floats(3, 1152)
+    np.testing.assert_allclose(layer.product(products, x, 4, lanes), layer.expected(x), rtol=1e-5, atol=1e-5)
+
+
+def test_inputs_that_fill_no_chunk_are_filled_up(products):
+    layer, x = Layer("fp16", 6, 9), floats(3, 6)
+    assert layer.inputs == 8
+    for tile in (4, None):
+        np.testing.assert_allclose(layer.product(products, x, tile, 1), layer.expected(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_is_the_same_bits_whatever_rows_are_beside_it(products, form):
+    layer, x = Layer(form, 144, 33), floats(17, 144)
+    alone = np.concatenate([layer.product(products, x[i : i + 1], 2) for i in range(17)])
+    for tile in ROW_TILES:
+        np.testing.assert_array_equal(layer.product(products, x, tile), alone)
+    tiled = np.concatenate([layer.product(products, x[i : i + 1], None) for i in range(17)])
+    np.testing.assert_array_equal(layer.product(products, x, None), tiled)
+
+
+@pytest.mark.parametrize("tile", [4, None])
+class TestEpilogues:
+    @pytest.fixture
+    def x(self):
+        return floats(5, 48)
+
+    def test_activations(self, products, x, tile):
+        layer = Layer("fp16", 48, 12)
+        value = layer.expected(x)
+        erf = np.vectorize(math.erf)
+        for code, expected in (
+            (Activation.SILU, silu(value)),
+            (Activation.GELU, value * (1 + erf(value / np.sqrt(2))) / 2),
+        ):
+            found = layer.run(products, x, np.empty((5, 12), dtype=np.float32), tile=tile, activation=code)
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_swiglu_takes_pairs_that_prepacking_brought_together(self, products, x, tile, form):
+        layer = Layer(form, 48, 24, name="a.mlp.w12")
+        x1, x2 = np.split(layer.expected(x), 2, axis=1)
+        out = np.full((5, 12), np.nan, dtype=np.float32)
+        layer.run(products, layer.activation(x)[0], out, tile=tile, activation=Activation.SWIGLU)
+        np.testing.assert_allclose(out, silu(x1) * x2, rtol=1e-5, atol=1e-5)
+
+    def test_an_int8_activation_is_written_with_its_scale(self, products, x, tile):
+        layer = Layer("fp16", 48, 12)
+        out = layer.run(products, x, np.empty((5, 12), dtype=np.int8), tile=tile, out_scale=OUT_SCALE)
+        wanted = layer.expected(x) / OUT_SCALE
+        assert (np.abs(wanted) > 127).any()  # some of them saturate
+        assert np.abs(np.clip(wanted, -128, 127) - out).max() <= 0.5 + 1e-3
+
+    def test_a_gated_residual(self, products, x, tile):
+        layer, residual, gate = Layer("fp16", 48, 12), floats(5, 12, seed=2), halves(5, 20)
+        for rows, expected in (
+            (bits(gate), residual + gate[:, :12].astype(np.float64) * layer.expected(x)),
+            (None, residual + layer.expected(x)),
+        ):
+            out = residual.copy()
+            layer.run(products, x, out, tile=tile, gate=rows, destination=Destination.ADD, shape=(1, 20, 0))
+            np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+    def test_pieces(self, products, x, tile):
+        layer, out = Layer("fp16", 48, 12), np.empty((3, 5, 4), dtype=np.float16)
+        layer.run(products, x, bits(out), tile=tile, destination=Destination.PIECES, shape=(4, 0, 0))
+        expected = layer.expected(x).reshape(5, 3, 4).transpose(1, 0, 2)
+        np.testing.assert_allclose(out.astype(np.float64), expected, rtol=1e-3, atol=1e-5)
+
+    def test_a_table_of_buffers(self, products, tile):
+        layer, x = Layer("fp16", 48, 12), floats(6, 48)
+        buffers = [np.zeros((2, 20), dtype=np.float16) for _ in range(3)]
+        table = np.array([buffer.ctypes.data for buffer in buffers], dtype=np.uint64)
+        layer.run(products, x, table, tile=tile, destination=Destination.TABLE, shape=(2, 20, 5))
+        found = np.concatenate(buffers).astype(np.float64)
+        np.testing.assert_allclose(found[:, 5:17], layer.expected(x), rtol=1e-3, atol=1e-5)
+        assert not found[:, :5].any() and not found[:, 17:].any()
+
+
+# -- norms -------------------------------------------------------------------------------------------------------------
+
+
+def test_norm_and_modulation(products):
+    x, modulation = floats(3, 200), halves(3, 500)
+    scale, shift = modulation[:, 200:400], modulation[:, :200]
+    out = np.empty_like(x)
+    begin = bits(modulation).ctypes.data
+    products.launch("norm_modulate", 3, THREADS, x, None, begin + 400, begin, out, *i32(200, 500), np.float32(0))
+    np.testing.assert_allclose(out, rms_norm(x) * scale + shift, rtol=1e-5, atol=1e-5)
+
+
+def test_the_first_norm_stays_in_x(products):
+    x, weight, out = floats(2, 48) * 3, floats(48), np.empty((2, 48), dtype=np.float32)
+    first = rms_norm(x) * weight
+    products.launch("norm_modulate", 2, THREADS, x, weight, None, None, out, *i32(48, 0), np.float32(0))
+    np.testing.assert_allclose(x, first, rtol=1e-5)
+    np.testing.assert_allclose(out, rms_norm(first), rtol=1e-5)
+
+
+def test_layer_norm_may_leave_rows_out(products):
+    x, weight, bias = floats(2, 4, 150) + 5, floats(150), floats(150, seed=1)
+    out = np.empty((2, 3, 150), dtype=np.int8)
+    products.launch("layer_norm", 6, THREADS, x, weight, bias, out, *i32(150, 3, 1), OUT_SCALE)
+    centred = x.astype(np.float64) - x.mean(axis=-1, keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + LAYER_NORM_EPS) * weight + bias
+    assert np.abs(np.clip(expected[:, 1:] / OUT_SCALE, -128, 127) - out).max() <= 0.5 + 1e-2
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+class Heads:
+    """Queries, keys and values of some positions, and the rotary tables' rows they go with."""
+
+    def __init__(self, positions, heads, d):
+        self.heads, self.d = heads, d
+        self.qkv = floats(positions, 3 * heads, d)
+        self.weight = floats(2 * heads, d, seed=1)
+        angle = floats(9, d // 2)
+        self.cos, self.sin = np.cos(angle), np.sin(angle)
+        rng = np.random.default_rng(0)
+        self.own, self.targets = (rng.integers(0, 9, positions, dtype=np.int32) for _ in range(2))
+
+    @property
+    def tables(self):
+        return self.own, self.targets, self.weight, self.cos, self.sin
+
+    def rotated(self):
+        """Queries, keys (float16) and values (float16), [M, H, d] each."""
+        heads, which = self.heads, np.tile(self.own[:, None], 2 * self.heads)
+        which[:, heads // 2 : heads] = self.targets[:, None]
+        x = rms_norm(self.qkv[:, : 2 * heads]) * self.weight
+        cos, sin, even, odd = self.cos[which], self.sin[which], x[..., 0::2], x[..., 1::2]
+        x = np.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+        return x[:, :heads], x[:, heads:].astype(np.float16), self.qkv[:, 2 * heads :].astype(np.float16)
+
+
+@pytest.mark.parametrize("d", [16, 40, 64])
+def test_a_new_position_attends_to_the_filled_cache(products, d):
+    rows, heads, length, start = 3, 4, 24, 18
+    new = Heads(rows, heads, d)
+    q, k, v = new.rotated()
+    keys, values = halves(rows, heads, length, d), halves(rows, heads, length, d, seed=1)
+    expected_keys, expected_values = keys.copy(), values.copy()
+    expected_keys[:, :, start], expected_values[:, :, start] = k, v
+    keys[:, :, start + 1 :] = values[:, :, start + 1 :] = np.nan  # nobody may read what is not filled
+    out = np.full((rows, heads, d), np.nan, dtype=np.float32)
+    own, targets, *tables = new.tables
+    products.launch(
+        "attend_step", rows * heads, THREADS, new.qkv, own, targets, np.full(rows, start, dtype=np.int32), *tables,
+        bits(keys), bits(values), out, *i32(heads, d, length), np.float32(0),
+    )  # fmt: skip
+    filled = slice(0, start + 1)
+    np.testing.assert_array_max_ulp(keys[:, :, start], expected_keys[:, :, start], 1)
+    np.testing.assert_array_equal(values[:, :, filled], expected_values[:, :, filled])
+    scores = np.einsum("rhd,rhsd->rhs", q, keys[:, :, filled].astype(np.float64)) / np.sqrt(d)
+    expected = np.einsum("rhs,rhsd->rhd", softmax(scores), values[:, :, filled].astype(np.float64))
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prefix_sees_itself_and_what_is_before(products):
+    rows, length, heads, d = 2, 5, 3, 16
+    new = Heads(rows * length, heads, d)
+    q, k, v = (x.reshape(rows, length, heads, d).transpose(0, 2, 1, 3) for x in new.rotated())
+    keys, values = (np.zeros((rows, heads, length, d), dtype=np.float16) for _ in range(2))
+    sizes = i32(rows * length, length, heads, d)
+    blocks = -(-rows * length * 3 * heads // 4)
+    products.launch("rotate_prefix", blocks, THREADS, new.qkv, *new.tables, bits(keys), bits(values), *sizes)
+    np.testing.assert_array_max_ulp(keys, np.ascontiguousarray(k), 1)
+    np.testing.assert_array_equal(values, v)
+    out = np.empty((rows, length, heads, d), dtype=np.float32)
+    launch = ("attend_prefix", rows * length * heads, THREADS, new.qkv, bits(keys), bits(values), out)
+    products.launch(*launch, *i32(length, heads, d), np.float32(0))
+    scores = q @ keys.transpose(0, 1, 3, 2).astype(np.float64) / np.sqrt(d)
+    scores = np.where(np.tril(np.ones((length, length), dtype=bool)), scores, -np.inf)
+    expected = (softmax(scores) @ v.astype(np.float64)).transpose(0, 2, 1, 3)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("d", [4, 12])
+def test_the_decoder_attends_to_the_whole_image(products, d):
+    images, positions, heads = 2, 21, 3
+    qkv, out = floats(images, positions, 3, heads, d), np.empty((images, positions, heads, d), dtype=np.float32)
+    blocks = images * positions * heads
+    products.launch("attend_image", blocks, THREADS, qkv, out, *i32(positions, heads, d), np.float32(0))
+    q, k, v = qkv.astype(np.float64).transpose(2, 0, 3, 1, 4)
+    expected = (softmax(q @ k.transpose(0, 1, 3, 2) / np.sqrt(d)) @ v).transpose(0, 2, 1, 3)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+
+
+# -- the rest ----------------------------------------------------------------------------------------------------------
+
+
+def test_modulation_begins_with_class_and_position(products):
+    symbols, steps = floats(9, 20), floats(7, 20, seed=1)
+    class_id, positions = np.array([0, 5, 2], dtype=np.int32), np.array([6, 0, 3], dtype=np.int32)
+    out = np.empty((3, 20), dtype=np.float32)
+    tables = (class_id, positions, symbols, steps, out)
+    products.launch("modulation_input", 2, THREADS, *tables, *i32(3, 20, 3), np.float32(0))
+    np.testing.assert_allclose(out, silu(symbols[3 + class_id] + steps[positions]), rtol=1e-5)
+
+
+def test_ratios_are_sines_and_cosines(products):
+    ratio, frequencies, out = np.array([1, 0.25], dtype=np.float32), floats(5) * 16, np.empty((2, 10), np.float32)
+    products.launch("ratio_features", 1, THREADS, ratio, frequencies, out, *i32(2, 5))
+    angle = 2 * np.pi * ratio[:, None] * frequencies.astype(np.float64)
+    np.testing.assert_allclose(out, np.concatenate([np.sin(angle), np.cos(angle)], axis=1), atol=1e-5)
+
+
+def test_the_head_is_conditioned_for_every_pass(products):
+    ratio, latent, out = floats(3, 8), floats(2, 8, seed=1), np.empty((3, 2, 8), dtype=np.float32)
+    products.launch("head_condition", 2, THREADS, ratio, latent, out, *i32(3, 2, 8), np.float32(0))
+    np.testing.assert_allclose(out, silu(silu(ratio[:, None] + latent)), rtol=1e-5, atol=1e-6)
+
+
+def test_rows_are_filled_up(products):
+    x, out = floats(3, 6), np.full((3, 8), np.nan, dtype=np.float32)
+    products.launch("pad_rows", 1, THREADS, x, out, *i32(3, 6, 8))
+    np.testing.assert_array_equal(out, np.pad(x, [(0, 0), (0, 2)]))
+
+
+def test_the_class_position_comes_before_the_cells(products):
+    cells, first, embedding = floats(2, 4, 6), floats(6), floats(5, 6)
+    out = np.empty((2, 5, 6), dtype=np.float32)
+    products.launch("embed_image", 1, THREADS, cells, first, embedding, out, *i32(2, 4, 6))
+    whole = np.concatenate([np.broadcast_to(first, (2, 1, 6)), cells], axis=1)
+    np.testing.assert_array_equal(out, whole + embedding)
+
+
+def test_patches_become_an_image(products):
+    patches, weight, bias = floats(2, 3, 3, 4, 4, 3), floats(3, 3, 3, 3), floats(3)
+    out = np.empty((2, 3, 12, 12), dtype=np.float32)
+    products.launch("conv_out", 3, THREADS, patches, weight, bias, out, *i32(2, 3, 4))
+    image = patches.transpose(0, 5, 1, 3, 2, 4).reshape(2, 3, 12, 12).astype(np.float64)
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(image, [(0, 0), (0, 0), (1, 1), (1, 1)]), (3, 3), (2, 3))
+    expected = np.einsum("icyxkl,ockl->ioyx", windows, weight) + bias[:, None, None]
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_threads_of_a_block_do_not_race(thread_sanitizer):
+    """Every kernel whose threads share memory; what ThreadSanitizer can find is in test_host.py."""
+    done = thread_sanitizer(RACES, PRODUCTS)
+    assert done.returncode == 0, done.stderr
+
+
+# -- compilers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sm", SMS[:1])
+def test_nvrtc_compiles_every_kernel(sm, tmp_path, monkeypatch):
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="the package cuda-bindings is not installed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        known = nvrtc.nvrtcGetSupportedArchs()[1]
+    except RuntimeError as error:
+        pytest.skip(f"no NVRTC here: {error}")
+    if sm not in known:
+        pytest.skip(f"this NVRTC does not know sm_{sm}")
+    cubin = compile_source(PRODUCTS, sm, OPTIONS)
+    for name in NAMES:
+        assert f".text.{name}\0".encode() in cubin
+
+
+@pytest.mark.parametrize("sm", NVCC_SMS)
+def test_nvcc_spills_nothing(sm, tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc here")
+    command = ["nvcc", *OPTIONS, f"--gpu-architecture=sm_{sm}", "--cubin", "--ptxas-options=--verbose"]
+    done = subprocess.run(
+        [*command, str(PRODUCTS), "-o", str(tmp_path / "products.cubin")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    entries = re.findall(r"Compiling entry function '(\w+)'", done.stderr)
+    registers = dict(zip(entries, map(int, re.findall(r"Used (\d+) registers", done.stderr)), strict=True))
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert sorted(entries) == sorted(NAMES)
+    assert len(spills) >= len(NAMES) and set(spills) == {("0", "0", "0")}
+    for name, count in registers.items():
+        assert count <= (MANY_ROWS_REGISTERS if name.endswith(("_8", "_16")) else MAX_REGISTERS), name
