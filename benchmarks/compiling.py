@@ -51,7 +51,7 @@ def main(
         runs.append({"bundle": path.name, "peak_rss_bytes": peak, **found})
         console.print(f"{path.name}: {found['seconds']:.0f} s, {peak / 2**30:.1f} GiB at the peak", highlight=False)
     names = [path.name if path in bundles else str(path) for path in map(Path, sys.argv[1:])]
-    save({**stamp(shlex.join(["python -m bar_edge.benchmarks.compiling", *names])), "runs": runs}, output)
+    save({**stamp(f"python -m bar_edge.benchmarks.compiling {shlex.join(names)}"), "runs": runs}, output)
 
 
 if __name__ == "__main__":

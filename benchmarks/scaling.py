@@ -164,7 +164,7 @@ def main(
         raise RequestError(f"{output}: its folder does not exist; make it first")
     runs = measure(inputs, batches, threads, console)
     names = [path.name if path in inputs else str(path) for path in map(Path, sys.argv[1:])]
-    save({**stamp(shlex.join(["python -m bar_edge.benchmarks.scaling", *names])), "runs": runs}, output)
+    save({**stamp(f"python -m bar_edge.benchmarks.scaling {shlex.join(names)}"), "runs": runs}, output)
     console.print(table(runs))
 
 

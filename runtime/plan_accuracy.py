@@ -51,7 +51,11 @@ def deviations(folder: Path, variant: Variant, device: Device) -> list[Deviation
     found: list[Deviation] = []
     for file in sorted(folder.glob("*.json")):
         report = _read(file)
-        if report.get("summary", {}).get("model") == variant.name and device_of(report.get("machine", {})) is device:
+        if device_of(report.get("machine", {})) is not device:
+            continue
+        if report.get("settings", {}).get("variant") == variant.name:
+            found += _of_bench(file.name, report, variant, device)
+        elif report.get("summary", {}).get("model") == variant.name:
             found += _of_report(file.name, report, variant, device)
     if not found:
         raise RequestError(
@@ -69,7 +73,31 @@ def _read(file: Path) -> dict[str, Any]:
     return report if isinstance(report, dict) else {}
 
 
+def _of_bench(file: str, report: dict[str, Any], variant: Variant, device: Device) -> Iterator[Deviation]:
+    """Bundles in a report of `bar-edge bench` (docs/benchmarking.md)."""
+    for entry in report["contenders"]:
+        if entry["kind"] != "bundle" or entry["precision"] not in device.rates:
+            continue
+        workload = of_variant(variant, entry["precision"])
+        for batch in entry.get("batches", ()):
+            predicted = _stages(workload, device, batch["batch_size"], 0)
+            measured = {stage: (batch[stage]["count"], batch[stage]["p50"]) for stage in predicted if stage in batch}
+            measured[PEAK_MEMORY] = (1, batch["peak_rss_bytes"])
+            for stage, (samples, value) in measured.items():
+                yield Deviation(
+                    file,
+                    entry["name"],
+                    workload.precision,
+                    batch["batch_size"],
+                    stage,
+                    samples,
+                    value,
+                    predicted[stage],
+                )
+
+
 def _of_report(file: str, report: dict[str, Any], variant: Variant, device: Device) -> Iterator[Deviation]:
+    """Bundles in a result of what came before `bar-edge bench`."""
     for entry in report["contenders"]:
         if "bundle" not in entry["arguments"] or "stages" not in entry:
             continue

@@ -94,7 +94,7 @@ class GpuEngine(ABC):
         profile = next((one for one in self._profiles if one.rows // copies >= count), self._profiles[-1])
         capacity = profile.rows // copies
         if capacity < 1:
-            raise CompatibilityError("these engines have one row, guidance needs two; compile for guided images")
+            raise CompatibilityError("these engines have one row, and guidance needs two for an image")
         self._latents, self._drawn = [], []
         for begin in range(0, count, capacity):
             yield self._loop(profile), begin, batch.part(begin, min(count, begin + capacity))
@@ -103,5 +103,9 @@ class GpuEngine(ABC):
         if profile not in self._loops:
             with self.device.current():
                 graphs = self.graphs(profile)
-            self._loops[profile] = Loop(self.spec, self._tables, graphs, self.device)
+                try:
+                    self._loops[profile] = Loop(self.spec, self._tables, graphs, self.device)
+                except EngineError:
+                    graphs.close()
+                    raise
         return self._loops[profile]

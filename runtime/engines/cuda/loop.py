@@ -414,7 +414,7 @@ class Loop:
             if sum(sizes.values()) + self._table_bytes <= free:
                 fits = rows
                 break
-        remedy = f"{fits} rows would fit, compile with --batch {fits // 2}"
+        remedy = f"{fits} rows would fit, choose a batch of {fits // 2}"
         if fits < 2:
             remedy = "not one guided image would fit; free some memory, or use a smaller model"
         return (

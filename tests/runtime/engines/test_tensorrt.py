@@ -315,7 +315,7 @@ def test_one_row_is_too_few_for_guidance(small, library, edited):
             entry["sizes"]["rows"] = 1
 
     engine = tensorrt.start(edited(one_row), threads=0)
-    with pytest.raises(CompatibilityError, match="one row, guidance needs two; compile for guided images"):
+    with pytest.raises(CompatibilityError, match="one row, and guidance needs two for an image"):
         engine.sample(batch_of(small, 1))
 
 
