@@ -28,7 +28,7 @@ def test_a_report_is_json_page_and_charts(written):
     assert {"report.json", "report.html", "latency.png", "stages.png"} <= {file.name for file in output.iterdir()}
     assert not [file for file in output.iterdir() if file.name.startswith(".")]
     report = json.loads((output / "report.json").read_text())
-    assert report["command"].startswith("bar-edge ")
+    assert report["command"].startswith("bar-edge")
     assert report["settings"]["rounds"] == 5 and report["settings"]["batch_sizes"] == [2]
     assert "bundle, onnxruntime" in printed and "no p99 of images" in printed
     assert (output / "report.html").read_text().startswith("<!doctype html>")

@@ -236,7 +236,7 @@ def test_a_closed_generator_says_so(patch1):
 
 
 def test_an_unknown_engine_is_refused_with_the_known_ones(patch1):
-    with pytest.raises(EngineError, match="unknown engine 'tpu'; known: auto, tensorrt, onnxruntime"):
+    with pytest.raises(EngineError, match="unknown engine 'tpu'; known: auto, tensorrt, cuda, onnxruntime"):
         Generator(patch1.bundle, engine="tpu")
 
 
