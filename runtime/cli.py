@@ -401,6 +401,12 @@ def verify(
             facts |= measured
     _show({"passed": passed, **facts}, as_json)
     if not passed:
+        if runtime.engine_name == "tensorrt":
+            err.print(
+                "to find the graph that differs, compile the source again with --keep-onnx GRAPHS and let Polygraphy "
+                "compare: polygraphy run GRAPHS/step-ROWS.onnx --trt --onnxrt --strongly-typed",
+                highlight=False,
+            )
         raise typer.Exit(1)
 
 
