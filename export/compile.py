@@ -70,7 +70,7 @@ def compile_bundle(
     report = progress or (lambda what, done, total: None)
     _check(source, precision, batches, keep_onnx)
     resolved = resolve(target, host_sm)
-    builder = Builder(load_library(resolved.library), resolved, report)
+    builder = Builder(load_library(resolved.package), resolved, report)
     spec, recipe = source.spec, source.recipe
     places = weights.read_places(source.path / weights.FILE_NAME)
     precisions = linear_layers(places)
@@ -123,7 +123,7 @@ class Builder:
 
     def __init__(self, library: ModuleType, target: Target, report: Progress) -> None:
         self._trt, self._target, self._report = library, target, report
-        self._rtx = target.library == "tensorrt_rtx"
+        self._rtx = target.package == "tensorrt_rtx"
         self._log = _log_of(library)
         version = tuple(int(part) for part in library.__version__.split(".")[:2])
         self.in_place = self._rtx or version >= _IN_PLACE_SINCE
@@ -132,7 +132,7 @@ class Builder:
     def facts(self) -> dict[str, Any]:
         """What the engines were made with and need, for the manifest."""
         return {
-            "library": self._target.library,
+            "library": self._target.package,
             "version": self._trt.__version__,
             "sms": list(self._target.sms),
             "driver": driver_version(),
@@ -188,7 +188,7 @@ class Builder:
 
     @property
     def _timings_name(self) -> str:
-        return f"{self._target.library}-{self._trt.__version__}-sm{self._target.sms[0]}.timings"
+        return f"{self._target.package}-{self._trt.__version__}-sm{self._target.sms[0]}.timings"
 
     def _timing_cache(self, config: Any) -> Any:
         """TensorRT's, so that a second build need not time the same kernels; TensorRT-RTX would ask for a GPU."""
@@ -200,7 +200,7 @@ class Builder:
 
     @property
     def _name(self) -> str:
-        return f"{self._target.library} {self._trt.__version__}"
+        return f"{self._target.package} {self._trt.__version__}"
 
 
 def sentence(plan: Mapping[str, Any]) -> str:

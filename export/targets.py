@@ -35,7 +35,7 @@ NAMES = ("rtx", "host", *DEVICES)
 class Target:
     """What to build with, for which compute capabilities."""
 
-    library: str  # tensorrt or tensorrt_rtx
+    package: str  # tensorrt or tensorrt_rtx
     sms: tuple[int, ...]
 
 

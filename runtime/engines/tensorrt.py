@@ -91,7 +91,7 @@ class TensorRtEngine(GpuEngine):
         """Raises BundleError, CompatibilityError, EngineError."""
         account = _Account.of(bundle)
         self._account = account
-        self._trt = load_library(account.library)
+        self._trt = load_library(account.package)
         device = CudaDevice(stream)
         try:
             check_compatible(account.facts, self._trt.__version__, device.sm, bundle.path)
@@ -103,7 +103,7 @@ class TensorRtEngine(GpuEngine):
         except BaseException:
             device.close()
             raise
-        self._kernels = f"{account.library}-{self._trt.__version__}-sm{device.sm}-{bundle.digest[:16]}.kernels"
+        self._kernels = f"{account.package}-{self._trt.__version__}-sm{device.sm}-{bundle.digest[:16]}.kernels"
 
     def graphs(self, profile: Profile) -> "_Plans":
         stored = cache.read(self._kernels)
@@ -118,7 +118,7 @@ class _Account:
     """What a compiled bundle's manifest says of its engines, checked."""
 
     facts: Mapping[str, Any]
-    library: str
+    package: str
     itemsize: int
     in_place: bool
     plans: Mapping[Profile, Mapping[str, Path]]  # every graph's plan
