@@ -21,15 +21,17 @@ from bar_edge.benchmarks.random_checkpoint import random_tokenizer
 from bar_edge.calibration.quantizer import quantize_bundle
 from bar_edge.calibration.trajectories import Calibration, collect, make_plan
 from bar_edge.export import demo
-from bar_edge.export.checkpoint import Checkpoint, load_checkpoint
+from bar_edge.export.checkpoint import Checkpoint, generator_shapes, load_checkpoint, tokenizer_shapes
 from bar_edge.export.exporter import export_bundle
 from bar_edge.export.model import Decoder, build_decoder, build_generator
 from bar_edge.export.model import Generator as Reference
+from bar_edge.export.rewrite import Rewriter
 from bar_edge.runtime.bundle import MANIFEST, Bundle
 from bar_edge.runtime.engines.onnxruntime import exact_int8_products
 from bar_edge.runtime.generator import Generator
 from bar_edge.runtime.noise import RecordedNoise
-from bar_edge.runtime.spec import ModelSpec, Recipe
+from bar_edge.runtime.spec import VARIANTS, ModelSpec, Recipe
+from bar_edge.runtime.weights import StoredTensor, lay_out
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = DATA / "golden"
@@ -235,6 +237,23 @@ def edit_manifest() -> Callable[[Path, Callable[[dict[str, Any]], Any]], None]:
         (folder / MANIFEST).write_text(json.dumps(manifest))
 
     return edit
+
+
+@pytest.fixture(scope="session")
+def places_of() -> Callable[[str], dict[str, StoredTensor]]:
+    """Where the weights of a published variant would lie, without any weights."""
+
+    def places(name: str) -> dict[str, StoredTensor]:
+        variant = VARIANTS[name]
+        spec = variant.spec
+        shapes = (
+            generator_shapes(spec),
+            tokenizer_shapes(1024, 24, spec.token_size, spec.image_seq_len, spec.decoder_patch_size),
+        )
+        tensors = [{key: torch.empty(shape, device="meta") for key, shape in part.items()} for part in shapes]
+        return lay_out(Rewriter(Checkpoint(spec, variant.recipe, name, *tensors)).pending)[1]
+
+    return places
 
 
 @pytest.fixture(scope="session")

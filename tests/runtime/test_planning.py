@@ -8,12 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from bar_edge.calibration import quantize
-from bar_edge.export.checkpoint import Checkpoint, generator_shapes, tokenizer_shapes
-from bar_edge.export.rewrite import Rewriter
 from bar_edge.runtime import weights, workload
 from bar_edge.runtime.cli import app
 from bar_edge.runtime.devices import DEVICES, Device, device_of, find_device
@@ -62,15 +59,9 @@ def bar_b(precision: str = INT8) -> Workload:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_counts_what_its_exported_bundle_stores(name):
+def test_a_variant_counts_what_its_exported_bundle_stores(name, places_of):
     variant = VARIANTS[name]
-    spec = variant.spec
-    shapes = (
-        generator_shapes(spec),
-        tokenizer_shapes(1024, 24, spec.token_size, spec.image_seq_len, spec.decoder_patch_size),
-    )
-    tensors = [{key: torch.empty(shape, device="meta") for key, shape in part.items()} for part in shapes]
-    places = weights.lay_out(Rewriter(Checkpoint(spec, variant.recipe, name, *tensors)).pending)[1]
+    spec, places = variant.spec, places_of(name)
     stored, expected = workload.of_bundle(spec, variant.recipe, places), workload.of_variant(variant, FP32)
     assert counted(stored) == counted(expected)
     assert stored.stored_bytes == expected.stored_bytes
