@@ -3,18 +3,24 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard runtime/*.py runtime/*/*.py runtime/*/*/*.py runtime/*/*/*.cu export/*.py calibration/*.py benchmarks/*.py)
 
-.PHONY: demo test lint clean
+# where pyproject.toml has NVRTC installed for development
+KERNELS := $(if $(filter Linux-x86_64,$(shell uname -s -m | tr ' ' -)),kernels)
+
+.PHONY: demo test lint kernels clean
 
 demo: .venv/installed
 	$(BIN)/bar-edge demo -o demo-output --force
 
-test: .venv/installed lint
+test: .venv/installed lint $(KERNELS)
 	$(BIN)/pytest
 
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+kernels: .venv/installed
+	$(BIN)/python -m bar_edge.benchmarks.kernels -o build/kernels.json
 
 # torch first and alone: asked for together with others, pip may choose a build with gigabytes of CUDA
 .venv/dependencies: pyproject.toml constraints.txt

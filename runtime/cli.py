@@ -180,6 +180,7 @@ def compile_(
     """
     from bar_edge.runtime.bundle import check_output
     from bar_edge.runtime.engines.cuda.device import host_sm
+    from bar_edge.runtime.inspection import library_sentence
 
     check_output(output, force=force)
     if target == "cuda":
@@ -197,8 +198,7 @@ def compile_(
             host_sm=host_sm(), keep_onnx=keep_onnx, force=force, progress=bar,
         )  # fmt: skip
     facts = made.manifest["engines"]["tensorrt"]
-    capabilities = ", ".join(f"{sm / 10:.1f}" for sm in facts["sms"])
-    out.print(f"{output}: {facts['library']} {facts['version']}, SM {capabilities}, {facts['precision']}")
+    out.print(f"{output}: {library_sentence(facts)}")
     for profile in facts["profiles"]:
         buffers = f"{profile['buffer_bytes'] / 2**20:.0f} MiB of buffers beside the plans"
         out.print(f"{profile['sizes']['rows']} rows, {buffers}:")
@@ -341,10 +341,12 @@ def inspect(
     Example: bar-edge inspect bar_b/
     """
     if path.is_dir():
-        from bar_edge.runtime.inspection import describe_bundle
+        from bar_edge.runtime.inspection import describe_bundle, summarized
 
         with _progress() as bar:
             facts = describe_bundle(_open(path, bar))
+        if not as_json:
+            facts = summarized(facts)
     elif not path.exists():
         raise RequestError(f"{path}: no such file or folder")
     else:

@@ -1,6 +1,7 @@
 """What a bundle is, in facts: sizes, precision, and the bytes that decide its speed."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -72,6 +73,33 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "provenance": bundle.manifest["provenance"],
         "digest": bundle.digest,
     }
+
+
+def summarized(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What `describe_bundle` found, for people: a sentence for each engine that a compiled bundle is for."""
+    engines = facts["engines"]
+    if isinstance(engines, Mapping):
+        engines = {name: engine_sentence(account) for name, account in engines.items()}
+    return {**facts, "engines": engines}
+
+
+def engine_sentence(account: Mapping[str, Any]) -> str:
+    """What a compiled bundle's manifest says of an engine, for people.
+
+    `kernel family 1, fp16, layers int8 x96, fp16 x4` or `tensorrt_rtx 1.7.1, SM 8.0, 8.9, fp16, plans for 2, 16 rows`.
+    """
+    if "layers" in account:
+        forms = Counter(entry["form"] for entry in account["layers"].values())
+        listed = ", ".join(f"{form} x{count}" for form, count in forms.most_common())
+        return f"kernel family {account['family']}, {account['precision']}, layers {listed}"
+    rows = ", ".join(str(profile["sizes"]["rows"]) for profile in account["profiles"])
+    return f"{library_sentence(account)}, plans for {rows} rows"
+
+
+def library_sentence(account: Mapping[str, Any]) -> str:
+    """What made a bundle's plans and for which GPUs: `tensorrt_rtx 1.7.1, SM 8.0, 8.9, fp16`."""
+    capabilities = ", ".join(f"{sm / 10:.1f}" for sm in account["sms"])
+    return f"{account['library']} {account['version']}, SM {capabilities}, {account['precision']}"
 
 
 def _quantization(bundle: Bundle) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from rich import box
 from rich.table import Table
 
 from bar_edge.runtime.devices import Device
@@ -17,22 +18,16 @@ def plan_table(model: str, device: Device, plans: Sequence[tuple[Prediction, int
     state = MEASURED if device.measured else PROJECTION
     table = _table(f"{model} on {device.title}\n{state}", "precision")
     for heading in (
-        "batch",
-        "ms a token",
-        "mostly",
-        "first token ms",
-        "s an image",
-        "images/s",
-        "MiB",
+        "batch", "MB a token", "ms a token", "mostly", "first token ms", "s an image", "bytes alone s", "MiB",
         "largest batch",
-    ):
+    ):  # fmt: skip
         table.add_column(heading, justify="left" if heading == "mostly" else "right")
     for plan, largest in plans:
         memory = f"{plan.memory_bytes / 2**20:,.0f}"
         table.add_row(
-            plan.precision, str(plan.batch), f"{plan.token.seconds * 1e3:.2f}", plan.token.limit,
-            f"{plan.first_token_seconds * 1e3:.1f}", f"{plan.image_seconds:.3f}", f"{1 / plan.image_seconds:.2f}",
-            memory if plan.fits else f"{memory}, does not fit", f"{largest:,}",
+            plan.precision, str(plan.batch), f"{plan.token_bytes / 1e6:,.0f}", f"{plan.token.seconds * 1e3:.2f}",
+            plan.token.limit, f"{plan.first_token_seconds * 1e3:.1f}", f"{plan.image_seconds:.3f}",
+            f"{plan.reading_seconds:.3f}", memory if plan.fits else f"{memory}, does not fit", f"{largest:,}",
         )  # fmt: skip
     return table
 
@@ -63,7 +58,7 @@ def deviation_table(found: Sequence[Deviation]) -> Table:
 
 
 def _table(title: str, first: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     table.add_column(first, no_wrap=True)
     return table
 

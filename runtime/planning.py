@@ -7,7 +7,7 @@ model, its constants and its errors against what was measured.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from bar_edge.runtime.devices import Device
@@ -62,6 +62,8 @@ class Prediction:
     first_token_seconds: float  # prefix, its modulation and the first token
     decode_seconds: float  # of the whole batch
     image_seconds: float  # per image
+    token_bytes: int  # weights and filled cache that one token of the whole batch reads
+    reading_seconds: float  # per image, if it took nothing but its bytes over the device's full bandwidth
     memory_bytes: int
     fits: bool
 
@@ -80,7 +82,7 @@ def predict(workload: Workload, device: Device, batch: int) -> Prediction:
     missing = workload.precisions - set(device.rates)
     if missing:
         raise RequestError(f"{device.name} runs {', '.join(device.rates)}, not {', '.join(sorted(missing))}")
-    run = BatchCost(workload, device, batch)
+    run, reading = BatchCost(workload, device, batch), BatchCost(workload, _reading_alone(device), batch)
     memory = memory_bytes(workload, device, batch)
     return Prediction(
         precision=workload.precision,
@@ -89,9 +91,17 @@ def predict(workload: Workload, device: Device, batch: int) -> Prediction:
         first_token_seconds=run.first_token().seconds,
         decode_seconds=run.decode().seconds,
         image_seconds=run.images().seconds / batch,
+        token_bytes=round(reading.average_token().seconds * device.bandwidth),
+        reading_seconds=reading.images().seconds / batch,
         memory_bytes=memory,
         fits=memory <= device.memory_bytes * USABLE_MEMORY,
     )
+
+
+def _reading_alone(device: Device) -> Device:
+    """A device of the same bandwidth, all of it achieved, on which nothing else takes time."""
+    rates = dict.fromkeys(device.rates, math.inf)
+    return replace(device, bandwidth_fraction=1.0, rates=rates, elementwise_bandwidth=math.inf, phase_seconds=0.0)
 
 
 def largest_batch(workload: Workload, device: Device) -> int:

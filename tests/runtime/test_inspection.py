@@ -2,8 +2,9 @@
 
 import pytest
 
+from bar_edge.export.prepack import prepack_bundle
 from bar_edge.runtime import weights
-from bar_edge.runtime.inspection import bytes_per_token, describe_bundle
+from bar_edge.runtime.inspection import bytes_per_token, describe_bundle, summarized
 
 
 def test_bytes_per_token_of_bar_b_are_those_of_the_model_notes(places_of):
@@ -24,3 +25,27 @@ def test_what_is_read_once_per_image_is_not_read_per_token(digits):
     once = bytes_per_token(weights.read_places(digits.bundle.path / weights.FILE_NAME), 1)
     assert 0 < facts["bytes_read_per_image_once"] < stored - once
     assert facts["bytes_read_per_token"] > once
+
+
+def test_for_people_an_engines_account_is_a_sentence(patch1, tmp_path):
+    facts = describe_bundle(prepack_bundle(patch1.bundle, tmp_path / "cuda"))
+    account = facts["engines"]["cuda"]
+    assert summarized(facts) == facts | {
+        "engines": {"cuda": f"kernel family {account['family']}, fp16, layers fp16 x{len(account['layers'])}"}
+    }
+    account["layers"] = {"a": {"form": "fp16"}, "b": {"form": "int8"}, "c": {"form": "int8"}}
+    assert summarized(facts)["engines"]["cuda"].endswith(", layers int8 x2, fp16 x1")
+
+
+def test_for_people_plans_are_told_by_their_rows(patch1):
+    plans = {
+        "library": "tensorrt_rtx", "version": "1.7.1", "sms": [80, 120], "precision": "fp16",
+        "profiles": [{"sizes": {"rows": 2}, "plans": {}}, {"sizes": {"rows": 16}, "plans": {}}],
+    }  # fmt: skip
+    facts = describe_bundle(patch1.bundle) | {"engines": {"tensorrt": plans}}
+    assert summarized(facts)["engines"] == {"tensorrt": "tensorrt_rtx 1.7.1, SM 8.0, 12.0, fp16, plans for 2, 16 rows"}
+
+
+def test_a_bundle_that_is_not_compiled_names_its_engines(patch1):
+    facts = describe_bundle(patch1.bundle)
+    assert summarized(facts) == facts and facts["engines"] == ["onnxruntime"]

@@ -4,7 +4,8 @@ What was compiled is kept in the user's cache folder, under the hash of everythi
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +30,7 @@ def compile_source(source: Path, sm: int, options: Sequence[str]) -> bytes:
     """
     nvrtc = _library()
     version = _version(nvrtc)
-    known = _checked(nvrtc, nvrtc.nvrtcGetSupportedArchs())
+    known = _architectures(nvrtc)
     if sm not in known:
         raise EngineError(
             f"this GPU is sm_{sm}, and the installed NVRTC {version} compiles for "
@@ -45,6 +46,24 @@ def compile_source(source: Path, sm: int, options: Sequence[str]) -> bytes:
         cubin = _compile(nvrtc, text, source.name, arguments)
         cache.write(name, cubin)
     return cubin
+
+
+def installed() -> tuple[str, tuple[int, ...]]:
+    """The version of NVRTC and the compute capabilities it compiles for. Raises EngineError if there is none."""
+    nvrtc = _library()
+    return _version(nvrtc), _architectures(nvrtc)
+
+
+def listing(source: Path, sm: int, options: Sequence[str]) -> tuple[str, str]:
+    """The PTX of a source, and what ptxas tells of every function in it: compiled anew, past the cache.
+
+    Raises EngineError if NVRTC is missing or rejects the source.
+    """
+    nvrtc = _library()
+    arguments = [f"--gpu-architecture=sm_{sm}", *options, "--ptxas-options=--verbose"]
+    with _program(nvrtc, source.read_bytes(), source.name, arguments) as program:
+        ptx = _output(nvrtc, program, nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
+        return _text(ptx), _log(nvrtc, program)
 
 
 def _library() -> ModuleType:
@@ -69,22 +88,44 @@ def _version(nvrtc: ModuleType) -> str:
     return f"{major}.{minor}"
 
 
+def _architectures(nvrtc: ModuleType) -> tuple[int, ...]:
+    return tuple(_checked(nvrtc, nvrtc.nvrtcGetSupportedArchs()))
+
+
 def _compile(nvrtc: ModuleType, text: bytes, name: str, arguments: Sequence[str]) -> bytes:
+    with _program(nvrtc, text, name, arguments) as program:
+        return _output(nvrtc, program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+
+
+@contextmanager
+def _program(nvrtc: ModuleType, text: bytes, name: str, arguments: Sequence[str]) -> Iterator[Any]:
+    """A compiled program. Raises EngineError if NVRTC rejects the source."""
     program = _checked(nvrtc, nvrtc.nvrtcCreateProgram(text, name.encode(), 0, [], []))
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(arguments), [argument.encode() for argument in arguments])
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            log = bytearray(_checked(nvrtc, nvrtc.nvrtcGetProgramLogSize(program)))
-            _checked(nvrtc, nvrtc.nvrtcGetProgramLog(program, log))
             raise EngineError(
                 f"NVRTC does not compile {name} with {' '.join(arguments)}, which a reinstalled bar-edge and "
-                f"nvidia-cuda-nvrtc should: {log.rstrip(bytes(1)).decode(errors='replace').strip()}"
+                f"nvidia-cuda-nvrtc should: {_log(nvrtc, program)}"
             )
-        cubin = bytearray(_checked(nvrtc, nvrtc.nvrtcGetCUBINSize(program)))
-        _checked(nvrtc, nvrtc.nvrtcGetCUBIN(program, cubin))
-        return bytes(cubin)
+        yield program
     finally:
         nvrtc.nvrtcDestroyProgram(program)
+
+
+def _log(nvrtc: ModuleType, program: Any) -> str:
+    return _text(_output(nvrtc, program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog))
+
+
+def _output(nvrtc: ModuleType, program: Any, size: Callable[..., Any], get: Callable[..., Any]) -> bytes:
+    """What NVRTC has made of a program, read with two of its calls."""
+    made = bytearray(_checked(nvrtc, size(program)))
+    _checked(nvrtc, get(program, made))
+    return bytes(made)
+
+
+def _text(made: bytes) -> str:
+    return made.rstrip(bytes(1)).decode(errors="replace").strip()
 
 
 def _checked(nvrtc: ModuleType, returned: tuple[Any, ...]) -> Any:
