@@ -3,19 +3,20 @@
 Nothing depends on a GPU: kernels are compiled where they first run, for the GPU that is there, and batch sizes are
 chosen there. Of a linear layer there are
 
-    {layer}.weight_chunks [rows, bytes] uint8     fp16, INT8, or INT4 two a byte, low first; in chunks of 16 bytes
+    {layer}.weight_chunks [tiles, bytes] uint8    fp16, INT8, or INT4 two a byte, in the order tensor cores take them
     {layer}.weight_scale [out] float32            int8 and int8-weight
     {layer}.block_scale [out, blocks] float16     int4-weight
     {layer}.input_scale [] float32                int8
     {layer}.bias [out] float32
 
-and all other tensors as they were. Inputs are filled up with zeros to a multiple of 8 and to whole chunks, rows to a
-multiple of 4, so that all weights begin on a 64-byte boundary of the file, which is copied to the device as it is.
-Outputs of `w12` alternate between its two halves: SwiGLU takes them in pairs.
+and all other tensors as they were. A tile is 8 outputs; a chunk of it is 512 bytes, 16 for every lane of the warp that
+loads it at once. Of every 16 inputs in a chunk, lane 4g + q has 4q to 4q + 3 of output g (`products.cu` says why).
+Inputs are filled up with zeros to a multiple of 8 and to whole chunks, outputs to whole tiles, so that all weights
+begin on a 64-byte boundary of the file, which is copied to the device as it is. Outputs of `w12` alternate between its
+two halves: SwiGLU takes them in pairs.
 """
 
 import shutil
-from collections import Counter
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -26,16 +27,18 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from bar_edge.export.device_weights import device_weights, write
-from bar_edge.export.linear import FP16, FP32, INT4_WEIGHT, INT8
+from bar_edge.export.linear import FP16, FP32, INT4_WEIGHT, INT8, INT8_WEIGHT
 from bar_edge.runtime import weights
 from bar_edge.runtime.bundle import SELFTEST, Bundle, publish, write_manifest
-from bar_edge.runtime.engines.cuda.resident import CHUNK_BYTES, CHUNK_VALUES, FAMILY, NAME
+from bar_edge.runtime.engines.cuda.resident import CHUNK_BYTES, CHUNK_INPUTS, FAMILY, NAME, TILE
 from bar_edge.runtime.errors import CompatibilityError, RequestError
-from bar_edge.runtime.inspection import linear_layers
+from bar_edge.runtime.inspection import engine_sentence, linear_layers
 from bar_edge.runtime.weights import PendingTensor
 
 Progress = Callable[[str, int, int], None]
-_INPUT_MULTIPLE, _ROW_MULTIPLE = 8, 4
+_INPUT_MULTIPLE = 8
+_STEP, _LANE_INPUTS = 16, 4  # inputs that a warp multiplies at once in float16, and what of them a lane has
+_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)  # of a word: where the eight INT4 values of two steps lie
 _INTEGER_MULTIPLE = 16  # of the inputs of integer layers; `quantize` keeps to it
 _RATIO_LAYERS = ("lm_head.t_embedder.mlp.0", "lm_head.t_embedder.mlp.2")  # never quantized
 
@@ -69,12 +72,9 @@ def prepack_bundle(source: Bundle, output: Path, *, force: bool = False, progres
 
 
 def sentence(made: Bundle) -> str:
-    """What a bundle for `cuda` is, for people: `kernel family 1, 620.1 MiB of weights, int8 x96, fp16 x4`."""
-    account = made.manifest["engines"][NAME]
-    forms = Counter(entry["form"] for entry in account["layers"].values())
+    """What a bundle for `cuda` is: `kernel family 2, fp16, layers int8 x96, fp16 x4, 620.1 MiB of weights`."""
     size = made.file_bytes(weights.FILE_NAME) / 2**20
-    listed = ", ".join(f"{form} x{count}" for form, count in forms.most_common())
-    return f"kernel family {account['family']}, {size:.1f} MiB of weights, {listed}"
+    return f"{engine_sentence(made.manifest['engines'][NAME])}, {size:.1f} MiB of weights"
 
 
 def prepacked(
@@ -112,15 +112,33 @@ def _reordered(pending: PendingTensor, order: NDArray[np.int64]) -> PendingTenso
 
 
 def _chunked(pending: PendingTensor, form: str, in_features: int, order: NDArray[np.int64]) -> PendingTensor:
-    """Rows of bytes, in whole chunks."""
-    shape = (_up(len(order), _ROW_MULTIPLE), -(-in_features // CHUNK_VALUES[form]) * CHUNK_BYTES)
+    """Tiles of bytes, in whole chunks."""
+    tiles, chunks = -(-len(order) // TILE), -(-in_features // CHUNK_INPUTS[form])
 
     def make() -> NDArray[np.uint8]:
-        values = pending.make()
-        rows = np.ascontiguousarray((values.T if form == INT8 else values)[order]).view(np.uint8)
-        return np.pad(rows, [(0, whole - found) for whole, found in zip(shape, rows.shape, strict=True)])
+        values = _values(pending.make(), form)[order]
+        zero = 8 if form == INT4_WEIGHT else 128 if form == INT8_WEIGHT else 0
+        whole = np.full((tiles * TILE, chunks * CHUNK_INPUTS[form]), zero, dtype=values.dtype)
+        whole[: values.shape[0], : values.shape[1]] = values
+        steps = whole.reshape(tiles, TILE, chunks, -1, _STEP // _LANE_INPUTS, _LANE_INPUTS)
+        lanes = np.ascontiguousarray(steps.transpose(0, 2, 1, 4, 3, 5))  # [tiles, chunks, output, lane of it, step, 4]
+        if form == INT4_WEIGHT:
+            nibbles = np.empty((*lanes.shape[:4], lanes.shape[4] // 2, len(_NIBBLES)), dtype=np.uint8)
+            nibbles[..., _NIBBLES] = lanes.reshape(nibbles.shape)
+            lanes = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+        return lanes.reshape(tiles, -1).view(np.uint8)
 
-    return PendingTensor(np.dtype(np.uint8), shape, make)
+    return PendingTensor(np.dtype(np.uint8), (tiles, chunks * CHUNK_BYTES), make)
+
+
+def _values(stored: NDArray[Any], form: str) -> NDArray[Any]:
+    """Weights [out, in]: float16 and static INT8 as they are, others without a sign, their zero in the middle."""
+    if form == INT4_WEIGHT:
+        packed = stored.view(np.uint8)
+        return np.stack((packed & 0xF, packed >> 4), axis=-1).reshape(len(packed), -1) ^ 8
+    if form == INT8_WEIGHT:
+        return stored.view(np.uint8) ^ 128
+    return stored.T if form == INT8 else stored
 
 
 def _check(source: Bundle) -> None:

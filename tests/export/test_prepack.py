@@ -12,7 +12,7 @@ from bar_edge.export.prepack import prepack_bundle, sentence
 from bar_edge.runtime import weights
 from bar_edge.runtime.bundle import SELFTEST, Bundle
 from bar_edge.runtime.cli import app
-from bar_edge.runtime.engines.cuda.resident import CHUNK_VALUES, Weights
+from bar_edge.runtime.engines.cuda.resident import CHUNK_INPUTS, TILE, Weights
 from bar_edge.runtime.errors import BundleError, CompatibilityError, RequestError
 from bar_edge.runtime.inspection import linear_layers
 
@@ -35,16 +35,22 @@ def packed(tmp_path_factory):
 
 def unpacked(tensors, layer, entry):
     """weight [out, in] that a packed layer stands for."""
-    rows, outputs, form = tensors[f"{layer}.weight_chunks"], len(tensors[f"{layer}.bias"]), entry["form"]
+    chunks, outputs, form = tensors[f"{layer}.weight_chunks"], len(tensors[f"{layer}.bias"]), entry["form"]
     if form == "fp16":
-        values = rows.view(np.float16).astype(np.float64)
+        stored = chunks.view(np.float16).astype(np.float64)
     elif form == "int4-weight":
-        low, high = (rows & 15).astype(np.int8), (rows >> 4).astype(np.int8)
-        values = np.stack([low, high], axis=-1).reshape(len(rows), -1)
-        values = np.where(values > 7, values - 16, values).astype(np.float64)
+        stored = np.stack([chunks & 15, chunks >> 4], axis=-1).reshape(len(chunks), -1).astype(np.float64) - 8
     else:
-        values = rows.view(np.int8).astype(np.float64)
-    assert values.shape[1] % CHUNK_VALUES[form] == 0
+        stored = chunks.view(np.int8).astype(np.float64) if form == "int8" else chunks.astype(np.float64) - 128
+    inputs = -(-entry["in_features"] // CHUNK_INPUTS[form]) * CHUNK_INPUTS[form]
+    o, k = np.ogrid[: -(-outputs // TILE) * TILE, :inputs]
+    lane, of_lane = 4 * (o % TILE) + k % 16 // 4, CHUNK_INPUTS[form] // 4
+    step, i = k % CHUNK_INPUTS[form] // 16, k % 4
+    within = 4 * step + i
+    if form == "int4-weight":  # eight values of a word, of two steps: in each half of it one of every pair
+        within = 8 * (step // 2) + 2 * (step % 2) + i // 2 + 4 * (i % 2)
+    values = stored[o // TILE, k // CHUNK_INPUTS[form] * 32 * of_lane + lane * of_lane + within]
+    assert stored.size == values.size
     assert not values[outputs:].any() and not values[:, entry["in_features"] :].any()  # what was filled up
     values = values[:outputs, : entry["in_features"]]
     if f"{layer}.block_scale" in tensors:
@@ -102,7 +108,7 @@ def test_the_bundle_says_what_it_is_and_carries_the_selftest(small, packed):
     source = small.quantized("int8")
     made, account, _ = packed(source)
     assert made.engines == ("cuda",) and not made.graphs
-    assert (account["family"], account["precision"]) == (1, "fp16")
+    assert (account["family"], account["precision"]) == (2, "fp16")
     assert (made.path / SELFTEST).read_bytes() == (source.path / SELFTEST).read_bytes()
     assert made.manifest["provenance"]["source"]["digest"] == source.digest
     assert made.manifest["quantization"] == source.manifest["quantization"]
@@ -143,10 +149,11 @@ def run(*arguments):
 def test_compile_makes_it_and_says_what_it_holds(small, tmp_path):
     done = run("compile", small.quantized("int8").path, "--target", "cuda", "-o", tmp_path / "out")
     made = Bundle.open(tmp_path / "out")
-    assert done.stdout.replace("\n", "").startswith(f"{tmp_path / 'out'}: kernel family 1, ")
-    assert sentence(made).split(", ")[1:] == [
-        f"{made.file_bytes(weights.FILE_NAME) / 2**20:.1f} MiB of weights",
+    assert done.stdout.replace("\n", "").startswith(f"{tmp_path / 'out'}: kernel family 2, fp16, ")
+    size = made.file_bytes(weights.FILE_NAME) / 2**20
+    assert sentence(made).removeprefix("kernel family 2, fp16, layers ").split(", ") == [
         *_forms(made),
+        f"{size:.1f} MiB of weights",
     ]
 
 

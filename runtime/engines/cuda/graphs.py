@@ -1,9 +1,7 @@
 """The graphs of the loop (`export/tensorrt_graphs.py` says what each is) as short lists of kernels.
 
-A layer of the trunk takes 7 launches a token, a block of the head 3 a pass. Graphs of few rows (step, head_pass,
-mask_ratio) stream their weights, the others take tiles; which of the two is fixed by the graph, so that an image does
-not depend on how many are drawn beside it. The input x of prefix, step and head_pass is overwritten: the residual
-lives there.
+A layer of the trunk takes 7 launches a token, a block of the head 3 a pass. The input x of prefix, step and head_pass
+is overwritten: the residual lives there.
 """
 
 from collections.abc import Mapping
@@ -13,18 +11,25 @@ from enum import IntEnum
 import numpy as np
 
 from bar_edge.runtime.engines.cuda.device import Address, Device
-from bar_edge.runtime.engines.cuda.layers import decoder_block, decoder_layers, head_block, trunk_block
+from bar_edge.runtime.engines.cuda.layers import (
+    DECODER_HEAD_DIMS,
+    decoder_block,
+    decoder_layers,
+    head_block,
+    trunk_block,
+)
 from bar_edge.runtime.engines.cuda.loop import ALIGNMENT
 from bar_edge.runtime.engines.cuda.module import THREADS, Module
 from bar_edge.runtime.engines.cuda.profile import Profile
-from bar_edge.runtime.engines.cuda.resident import Layer, Resident, Weights
+from bar_edge.runtime.engines.cuda.resident import TILE, Layer, Resident, Weights
 from bar_edge.runtime.spec import DECODER_HEADS, ModelSpec
 
 ITEMSIZE = 2  # of modulation, keys and values, in float16
-_FLOAT = 4
-_ROW_TILES = (2, 4, 8, 16)  # rows that a streaming product takes at once
-_TILE = 64  # rows and outputs of a tile
+_HALF, _FLOAT = 2, 4  # bytes
+_FEW_ROWS = (16, 32, 64)  # that a block of `few_rows` has; with more of them, `many_rows`
+_BLOCK_ROWS, _BLOCK_OUTPUTS = 128, 64  # of `many_rows`
 _WARPS = THREADS // 32
+_QUERIES = 16 * _WARPS  # of a block of `attend_image`
 _FIRST_CLASS = 3  # row of symbol_embedding
 _i32, _f32 = np.int32, np.float32
 Addresses = Mapping[str, Address]
@@ -39,7 +44,7 @@ class Activation(IntEnum):
 class Destination(IntEnum):
     """Where they go: as in `products.cu`."""
 
-    STORE, ADD, PIECES, TABLE = range(4)
+    STORE, INPUT, ADD, PIECES, TABLE = range(5)
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Epilogue:
     activation: Activation = Activation.IDENTITY
     destination: Destination = Destination.STORE
     gate: Address = 0
-    out_scale: float = 0  # of the INT8 activation it writes; 0 for a float32 one
+    out_scale: float = 0  # of the INT8 activation it writes; 0 for a float16 one
     group: int = 1
     stride: int = 0
     offset: int = 0
@@ -67,22 +72,24 @@ def scratch_sizes(spec: ModelSpec, profile: Profile, weights: Weights) -> dict[s
     decoded = cells + profile.decode_images
     mlp = max((weights.features(f"{decoder_block(i)}.mlp.fc2")[0] for i in range(decoder_layers(weights))), default=0)
 
-    def trunk_values(rows: int) -> dict[str, int]:
-        return {"normed": rows * d, "qkv": 3 * rows * d, "attended": rows * d, "hidden": rows * trunk}
+    def trunk_sizes(rows: int) -> dict[str, int]:
+        inputs = {"normed": _HALF * rows * d, "attended": _HALF * rows * d, "hidden": _HALF * rows * trunk}
+        return {**inputs, "qkv": 3 * _FLOAT * rows * d}
 
-    values = {
-        "modulation": {"input": profile.modulation_pairs * d},
-        "mask_ratio": {"features": passes * features, "hidden": passes * w},
-        "prefix": trunk_values(profile.prefix_rows * (spec.prefix_length - 1)),
-        "step": {**trunk_values(profile.rows), "condition": passes * profile.rows * w},
-        "head_pass": {"normed": profile.rows * w, "hidden": profile.rows * head},
+    sizes = {
+        "modulation": {"input": _HALF * profile.modulation_pairs * d},
+        "mask_ratio": {"features": _HALF * passes * features, "hidden": _HALF * passes * w},
+        "prefix": trunk_sizes(profile.prefix_rows * (spec.prefix_length - 1)),
+        "step": {**trunk_sizes(profile.rows), "condition": _HALF * passes * profile.rows * w},
+        "head_pass": {"normed": _HALF * profile.rows * w, "hidden": _HALF * profile.rows * head},
         "decode": {
-            "padded": cells * weights.features("quantize.out_proj")[0], "x": decoded * width,
-            "normed": decoded * width, "qkv": 3 * decoded * width, "attended": decoded * width,
-            "hidden": decoded * mlp, "patches": cells * 3 * spec.decoder_patch_size**2,
+            "padded": _HALF * cells * weights.features("quantize.out_proj")[0], "projected": _FLOAT * cells * width,
+            "x": _FLOAT * decoded * width, "normed": _HALF * decoded * width, "qkv": 3 * _HALF * decoded * width,
+            "attended": _HALF * decoded * width, "hidden": _HALF * decoded * mlp,
+            "patches": _FLOAT * cells * 3 * spec.decoder_patch_size**2,
         },
     }  # fmt: skip
-    return {graph: {name: _aligned(_FLOAT * count) for name, count in of.items()} for graph, of in values.items()}
+    return {graph: {name: _aligned(size) for name, size in of.items()} for graph, of in sizes.items()}
 
 
 def scratch_bytes(spec: ModelSpec, profile: Profile, weights: Weights) -> int:
@@ -132,7 +139,7 @@ class KernelGraphs:
                 self._elementwise("modulation_input", pairs * spec.hidden_size, *inputs, *sizes, _f32(written))
             out = at["modulation"] + 6 * i * size
             epilogue = Epilogue(destination=Destination.PIECES, group=spec.hidden_size)
-            self._product(layer, own["input"], out, pairs, epilogue, many=True)
+            self._product(layer, own["input"], out, pairs, epilogue)
 
     def _mask_ratio(self, at: Addresses, own: Addresses) -> None:
         weights, passes = self._weights, self.profile.passes
@@ -140,7 +147,7 @@ class KernelGraphs:
         count = first.in_features // 2
         operands = (at["mask_ratio"], weights["lm_head.t_embedder.W"], own["features"], _i32(passes), _i32(count))
         self._elementwise("ratio_features", passes * count, *operands)
-        self._product(first, own["features"], own["hidden"], passes, Epilogue(Activation.SILU))
+        self._product(first, own["features"], own["hidden"], passes, Epilogue(Activation.SILU, Destination.INPUT))
         self._product(second, own["hidden"], at["ratio_embedding"], passes)
 
     def _prefix(self, at: Addresses, own: Addresses) -> None:
@@ -150,7 +157,7 @@ class KernelGraphs:
         size = rows * spec.hidden_size * ITEMSIZE
         for i in range(spec.num_layers):
             keys, values = at["kv"] + 2 * i * size, at["kv"] + (2 * i + 1) * size
-            self._qkv(i, at, own, rows, many=True)
+            self._qkv(i, at, own, rows)
             blocks = -(-rows * 3 * spec.num_heads // _WARPS)
             rotated = (own["qkv"], at["own"], at["targets"], *self._rotary(i), keys, values)
             self._launch("rotate_prefix", blocks, *rotated, _i32(rows), _i32(length), heads, _i32(spec.head_dim))
@@ -159,7 +166,7 @@ class KernelGraphs:
             scale = _f32(self._weights.layer(f"{trunk_block(i)}.attn.proj").input_scale)
             operands = (own["qkv"], keys, values, own["attended"], _i32(length), heads, _i32(spec.head_dim), scale)
             self._launch("attend_prefix", rows * spec.num_heads, *operands)
-            self._after_attention(i, at, own, rows, many=True)
+            self._after_attention(i, at, own, rows)
 
     def _step(self, at: Addresses, own: Addresses) -> None:
         spec, weights, rows = self._spec, self._weights, self.profile.rows
@@ -206,7 +213,7 @@ class KernelGraphs:
             up, down = (weights.layer(f"{head_block(i)}.mlp.{name}") for name in ("w12", "w3"))
             shift, scale, gate = (modulation + (3 * i + piece) * w * ITEMSIZE for piece in range(3))
             self._norm(at["x"], scale, shift, own["normed"], rows, w, width, up, first_norm if i == 0 else 0)
-            hidden = Epilogue(Activation.SWIGLU, out_scale=down.input_scale)
+            hidden = Epilogue(Activation.SWIGLU, Destination.INPUT, out_scale=down.input_scale)
             self._product(up, own["normed"], own["hidden"], rows, hidden)
             residual = Epilogue(destination=Destination.ADD, gate=gate, stride=width)
             self._product(down, own["hidden"], at["x"], rows, residual)
@@ -223,51 +230,55 @@ class KernelGraphs:
         width, padded = first.out_features, first.in_features
         padding = (at["bits"], own["padded"], _i32(images * cells), _i32(spec.token_size), _i32(padded))
         self._elementwise("pad_rows", images * cells * padded, *padding)
-        self._product(first, own["padded"], normed, images * cells, many=True)
+        self._product(first, own["padded"], own["projected"], images * cells)
         tables = (weights["decoder.class_embedding"], weights["decoder.positional_embedding"])
-        self._elementwise("embed_image", rows * width, normed, *tables, x, _i32(images), _i32(cells), _i32(width))
-        self._layer_norm("decoder.ln_pre", x, x, rows, width)
-        residual = Epilogue(destination=Destination.ADD)
+        counts = map(_i32, (images, cells, width))
+        self._elementwise("embed_image", rows * width, own["projected"], *tables, x, *counts)
+        before = (weights["decoder.ln_pre.weight"], weights["decoder.ln_pre.bias"])
+        self._launch("layer_norm_in_place", rows, x, *before, _i32(width))
+        to_attention, residual = Epilogue(destination=Destination.INPUT), Epilogue(destination=Destination.ADD)
+        head_dim = width // DECODER_HEADS
+        attend = f"attend_image_{next(dim for dim in DECODER_HEAD_DIMS if dim >= head_dim)}"
+        blocks = images * DECODER_HEADS * -(-positions // _QUERIES)
         for i in range(self._decoder_layers):
             block = decoder_block(i)
             qkv, proj, up, down = map(
                 weights.layer, (f"{block}.attn.qkv", f"{block}.attn.proj", f"{block}.mlp.fc1", f"{block}.mlp.fc2")
             )
             self._layer_norm(f"{block}.norm1", x, normed, rows, width, qkv.input_scale)
-            self._product(qkv, normed, own["qkv"], rows, many=True)
-            heads = map(_i32, (positions, DECODER_HEADS, width // DECODER_HEADS))
-            scale = _f32(proj.input_scale)
-            self._launch("attend_image", rows * DECODER_HEADS, own["qkv"], own["attended"], *heads, scale)
-            self._product(proj, own["attended"], x, rows, residual, many=True)
+            self._product(qkv, normed, own["qkv"], rows, to_attention)
+            heads = map(_i32, (positions, DECODER_HEADS, head_dim))
+            self._launch(attend, blocks, own["qkv"], own["attended"], *heads, _f32(proj.input_scale))
+            self._product(proj, own["attended"], x, rows, residual)
             self._layer_norm(f"{block}.norm2", x, normed, rows, width, up.input_scale)
-            hidden = Epilogue(Activation.GELU, out_scale=down.input_scale)
-            self._product(up, normed, own["hidden"], rows, hidden, many=True)
-            self._product(down, own["hidden"], x, rows, residual, many=True)
+            hidden = Epilogue(Activation.GELU, Destination.INPUT, out_scale=down.input_scale)
+            self._product(up, normed, own["hidden"], rows, hidden)
+            self._product(down, own["hidden"], x, rows, residual)
         last = weights.layer("decoder.ffn.0")
         self._layer_norm("decoder.ln_post", x, normed, images * cells, width, last.input_scale, kept=cells, skipped=1)
-        self._product(last, normed, own["patches"], images * cells, many=True)
+        self._product(last, normed, own["patches"], images * cells)
         conv = (weights["decoder.conv_out.weight"], weights["decoder.conv_out.bias"], at["image"])
         sizes = (_i32(images), _i32(spec.grid_size), _i32(spec.decoder_patch_size))
         self._elementwise("conv_out", images * 3 * spec.image_size**2, own["patches"], *conv, *sizes)
 
-    def _qkv(self, i: int, at: Addresses, own: Addresses, rows: int, *, many: bool = False) -> None:
+    def _qkv(self, i: int, at: Addresses, own: Addresses, rows: int) -> None:
         layer = self._weights.layer(f"{trunk_block(i)}.attn.qkv")
         shift, scale, _ = self._pieces(at, i, 0, rows)
         self._norm(at["x"], scale, shift, own["normed"], rows, self._spec.hidden_size, self._spec.hidden_size, layer)
-        self._product(layer, own["normed"], own["qkv"], rows, many=many)
+        self._product(layer, own["normed"], own["qkv"], rows)
 
-    def _after_attention(self, i: int, at: Addresses, own: Addresses, rows: int, *, many: bool = False) -> None:
+    def _after_attention(self, i: int, at: Addresses, own: Addresses, rows: int) -> None:
         d, block = self._spec.hidden_size, trunk_block(i)
         proj, up, down = map(self._weights.layer, (f"{block}.attn.proj", f"{block}.mlp.w12", f"{block}.mlp.w3"))
         *_, gate = self._pieces(at, i, 0, rows)
         residual = Epilogue(destination=Destination.ADD, gate=gate, stride=d)
-        self._product(proj, own["attended"], at["x"], rows, residual, many=many)
+        self._product(proj, own["attended"], at["x"], rows, residual)
         shift, scale, gate = self._pieces(at, i, 1, rows)
         self._norm(at["x"], scale, shift, own["normed"], rows, d, d, up)
-        hidden = Epilogue(Activation.SWIGLU, out_scale=down.input_scale)
-        self._product(up, own["normed"], own["hidden"], rows, hidden, many=many)
+        hidden = Epilogue(Activation.SWIGLU, Destination.INPUT, out_scale=down.input_scale)
+        self._product(up, own["normed"], own["hidden"], rows, hidden)
         residual = Epilogue(destination=Destination.ADD, gate=gate, stride=d)
-        self._product(down, own["hidden"], at["x"], rows, residual, many=many)
+        self._product(down, own["hidden"], at["x"], rows, residual)
 
     def _pieces(self, at: Addresses, i: int, part: int, rows: int) -> tuple[Address, Address, Address]:
         """Shift, scale and gate of a layer's attention (part 0) or MLP (1): [rows, D] each."""
@@ -294,17 +305,14 @@ class KernelGraphs:
         sizes = (_i32(width), _i32(kept), _i32(skipped), _f32(out_scale))
         self._launch("layer_norm", rows, x, *weights, out, *sizes)
 
-    def _product(
-        self, layer: Layer, x: Address, out: Address, rows: int, epilogue: Epilogue = _PLAIN, *, many: bool = False
-    ) -> None:
-        """`many` takes tiles, else the weights are streamed."""
+    def _product(self, layer: Layer, x: Address, out: Address, rows: int, epilogue: Epilogue = _PLAIN) -> None:
         kernel, outputs = layer.form.replace("-", "_"), layer.out_features
-        if many:
-            kernel, blocks = f"tiled_{kernel}", -(-outputs // _TILE) * -(-rows // _TILE)
+        tile = next((tile for tile in _FEW_ROWS if tile >= rows), None)
+        if tile is None:
+            kernel, blocks = f"many_rows_{kernel}", -(-outputs // _BLOCK_OUTPUTS) * -(-rows // _BLOCK_ROWS)
         else:
-            tile = next((tile for tile in _ROW_TILES if tile >= rows), _ROW_TILES[-1])
-            kernel, blocks = f"stream_{kernel}_{tile}", -(-outputs // (THREADS // layer.lanes)) * -(-rows // tile)
-        sizes = (rows, outputs, layer.in_features, layer.lanes, layer.block)
+            kernel, blocks = f"few_rows_{kernel}_{tile}", -(-outputs // TILE)
+        sizes = (rows, outputs, layer.in_features, layer.block)
         codes = (epilogue.activation, epilogue.destination)
         shape = (epilogue.group, epilogue.stride, epilogue.offset)
         self._launch(

@@ -12,7 +12,7 @@ from bar_edge.runtime.engines.cuda.device import Argument, CudaDevice, load_driv
 from bar_edge.runtime.errors import EngineError
 
 PRODUCTS = Path(__file__).with_name("products.cu")
-THREADS = 128  # of every block; products.cu has the same number
+THREADS = 256  # of every block; products.cu has the same number
 
 
 class Module(Protocol):

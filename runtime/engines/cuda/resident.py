@@ -16,11 +16,12 @@ from bar_edge.runtime.errors import BundleError, CompatibilityError, EngineError
 from bar_edge.runtime.weights import StoredTensor
 
 NAME = "cuda"
-FAMILY = 1  # of kernels: how weights lie, and the order of every sum. Another one draws slightly other numbers
-CHUNK_BYTES = 16  # that a thread loads at once
-CHUNK_VALUES = {"fp16": 8, "int8": 16, "int8-weight": 16, "int4-weight": 32}  # by the form of a layer's weights
-_MOST_LANES = 32
-_LOADS = 4  # chunks that a thread should have to load
+FAMILY = 2  # of kernels: how weights lie, and the order of every sum. Another one draws slightly other numbers
+TILE = 8  # outputs whose weights lie together
+CHUNK_BYTES = 512  # of a tile, that a warp loads at once
+CHUNK_INPUTS = {"fp16": 32, "int8": 64, "int8-weight": 64, "int4-weight": 128}  # by the form of a layer's weights
+_ALIGNMENT = 16  # of weights, which are loaded 16 bytes at a time
+_BLOCKS = (16, 32, 64, 128)  # INT4 values that may share a scale
 _REMEDY = "compile the bundle it was made from again, with --target cuda"
 
 
@@ -35,13 +36,7 @@ class Layer:
     scale: Address  # 0 for fp16
     bias: Address
     block: int  # values that share a scale; 0 unless int4-weight
-    input_scale: float  # of static INT8 activations; 0 for float32 ones
-
-    @property
-    def lanes(self) -> int:
-        """Threads that share an output: a function of the layer alone, because it decides the order of its sums."""
-        chunks = -(-self.in_features // CHUNK_VALUES[self.form])
-        return min(_MOST_LANES, 1 << (max(1, chunks // _LOADS).bit_length() - 1))
+    input_scale: float  # of static INT8 activations; 0 for float16 ones
 
 
 class Weights:
@@ -117,11 +112,11 @@ class Weights:
         """A layer of this form, at offsets in the file. Raises BundleError unless its tensors are what it needs."""
         bias = self.place(f"{name}.bias")
         outputs, input_scale, block = bias.shape[0], 0.0, 0
-        chunks = -(-in_features // CHUNK_VALUES.get(form, 1))
+        chunks = -(-in_features // CHUNK_INPUTS.get(form, 1))
         weight, scale = self.place(f"{name}.weight_chunks"), None
         expected: list[tuple[StoredTensor, Any, tuple[int, ...]]] = [
             (bias, np.float32, (outputs,)),
-            (weight, np.uint8, (-(-outputs // 4) * 4, CHUNK_BYTES * chunks)),
+            (weight, np.uint8, (-(-outputs // TILE), CHUNK_BYTES * chunks)),
         ]
         if form in ("int8", "int8-weight"):
             scale = self.place(f"{name}.weight_scale")
@@ -135,7 +130,8 @@ class Weights:
             expected.append((place, np.float32, ()))
             input_scale = float(np.memmap(self._file, dtype=np.float32, mode="r", offset=place.offset, shape=(1,))[0])
         fits = all((place.dtype, place.shape) == (np.dtype(dtype), shape) for place, dtype, shape in expected)
-        if form not in CHUNK_VALUES or not fits or in_features % 8 or block % 8 or weight.offset % CHUNK_BYTES:
+        blocks_fit = block in _BLOCKS if form == "int4-weight" else True
+        if form not in CHUNK_INPUTS or not fits or not blocks_fit or in_features % 8 or weight.offset % _ALIGNMENT:
             raise BundleError(f"{self.path}: the tensors of {name} do not fit its form {form!r}; {_REMEDY}")
         at = 0 if scale is None else scale.offset
         return Layer(form, in_features, outputs, weight.offset, at, bias.offset, block, input_scale)

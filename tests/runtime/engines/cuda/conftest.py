@@ -1,4 +1,4 @@
-"""kernels.cu on the CPU and on the GPU, once per session."""
+"""kernels.cu and products.cu on the CPU and on the GPU, once per session."""
 
 import os
 import subprocess
@@ -18,9 +18,9 @@ from .host import NATIVE, RACE_FOUND, HostKernels, build
 try:
     from .gpu import GpuKernels
 
-    ON_GPU = GpuKernels()
+    ON_GPU = {source: GpuKernels(source) for source in (KERNELS, PRODUCTS)}
 except (ImportError, RuntimeError, EngineError) as error:  # no cuda-bindings, no driver, no GPU or no NVRTC for it
-    ON_GPU, NO_GPU = None, str(error)
+    ON_GPU, NO_GPU = {}, str(error)
 
 PROGRAM = """
 import sys
@@ -40,7 +40,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
 
 
 @pytest.fixture(scope="session")
-def products(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
+def host_products(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
     """The kernels of the engine `cuda`, products.cu, on the CPU. Skips where there is no g++."""
     return HostKernels(build(PRODUCTS, tmp_path_factory.mktemp("host_products"), NATIVE))
 
@@ -48,15 +48,21 @@ def products(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
 @pytest.fixture(scope="session")
 def gpu() -> "GpuKernels":
     """The kernels on the GPU. Skips where there is none."""
-    if ON_GPU is None:
+    if not ON_GPU:
         pytest.skip(f"no GPU here to run the kernels: {NO_GPU}")
-    return ON_GPU
+    return ON_GPU[KERNELS]
 
 
 @pytest.fixture(scope="session", params=["host", "gpu"] if ON_GPU else ["host"])
 def kernels(request: pytest.FixtureRequest):
     """What runs kernels, in turn."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session", params=["host", "gpu"] if ON_GPU else ["host"])
+def products(request: pytest.FixtureRequest):
+    """What runs the kernels of products.cu, in turn."""
+    return request.getfixturevalue("host_products") if request.param == "host" else ON_GPU[PRODUCTS]
 
 
 @pytest.fixture(scope="session")

@@ -35,12 +35,12 @@ struct dim3 {
     unsigned x = 1, y = 1, z = 1;
 };
 
-struct alignas(16) uint4 {
-    unsigned x, y, z, w;
+struct alignas(8) uint2 {
+    unsigned x, y;
 };
 
-struct alignas(16) float4 {
-    float x, y, z, w;
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
 };
 
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -60,10 +60,37 @@ inline float sinpif(float x) { return std::sin(M_PI * x); }
 
 inline float cospif(float x) { return std::cos(M_PI * x); }
 
-// Four products of signed bytes, added to `sum`.
-inline int __dp4a(int a, int b, int sum) {
-    for (int shift = 0; shift < 32; shift += 8) sum += int8_t(a >> shift) * int8_t(b >> shift);
-    return sum;
+inline int __clz(int bits) { return std::countl_zero(unsigned(bits)); }
+
+// Four bytes, each chosen by four bits of `selector` from those of `low` (0 to 3) and `high` (4 to 7).
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+    const uint64_t bytes = low | uint64_t(high) << 32;
+    unsigned chosen = 0;
+    for (int i = 0; i < 4; ++i) chosen |= unsigned(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+    return chosen;
+}
+
+namespace shim {
+
+// Both halves of words that hold two float16.
+template <typename Combine>
+unsigned of_halves(unsigned a, unsigned b, Combine combine) {
+    unsigned both = 0;
+    for (int shift = 0; shift < 32; shift += 16) {
+        const _Float16 result = combine(std::bit_cast<_Float16>(uint16_t(a >> shift)), std::bit_cast<_Float16>(uint16_t(b >> shift)));
+        both |= unsigned(std::bit_cast<uint16_t>(result)) << shift;
+    }
+    return both;
+}
+
+}  // namespace shim
+
+inline unsigned subtract_halves(unsigned a, unsigned b) {
+    return shim::of_halves(a, b, [](_Float16 x, _Float16 y) { return _Float16(x - y); });
+}
+
+inline unsigned multiply_halves(unsigned a, unsigned b) {
+    return shim::of_halves(a, b, [](_Float16 x, _Float16 y) { return _Float16(x * y); });
 }
 
 namespace shim {
@@ -74,17 +101,21 @@ constexpr unsigned WARP = 32;
 using Barrier = std::barrier<>;
 #else
 // A CUDA thread of the running block. It gives way to the next one by `pass_on`, and goes on when its turn comes again.
+// Once it is through it waits for the next block: making one anew costs more than most blocks do.
 struct Fiber {
     static constexpr size_t STACK = 64 * 1024;
     std::unique_ptr<char[]> stack{new char[STACK]};
     ucontext_t start;
     jmp_buf place;
-    bool started, done;
+    bool started = false, done;
 };
 
 inline std::deque<Fiber> fibers;
+inline std::thread::id owner;  // of the fibers: one is never continued by another thread
 inline size_t running;
 inline jmp_buf all_done;
+inline void (*run_call)(const void*);
+inline const void* running_call;
 
 // Continues the next fiber in turn that is not done; where there is none, `run_cooperative`.
 [[noreturn]] inline void continue_next() {
@@ -125,11 +156,19 @@ private:
 };
 #endif
 
+// The operands of a product of tensor cores: a [16, DEPTH] and b [8, DEPTH].
+template <typename Value, unsigned DEPTH>
+struct Operands {
+    Value a[16][DEPTH], b[8][DEPTH];
+};
+
 struct Warp {
     explicit Warp(unsigned lanes) : lanes(lanes), barrier(lanes) {}
     unsigned lanes;
     Barrier barrier;
     uint64_t values[2][WARP];  // of this exchange and of the one before, which a slow lane may still be reading
+    Operands<float, 16> halves[2];
+    Operands<int, 32> bytes[2];
     unsigned exchanges[WARP] = {};
 };
 
@@ -194,33 +233,32 @@ void run_cooperative(const Call& call, unsigned grid, unsigned threads) {
     block.reset();
 }
 #else
-template <typename Call>
-const Call* running_call;
-
-template <typename Call>
-void run_fiber() {
-    (*running_call<Call>)();
-    warp().barrier.arrive_and_drop();  // a thread that has returned is waited for no longer
-    running_block().barrier.arrive_and_drop();
-    fibers[running].done = true;
-    continue_next();
+[[noreturn]] inline void live() {
+    for (;;) {
+        run_call(running_call);
+        warp().barrier.arrive_and_drop();  // a thread that has returned is waited for no longer
+        running_block().barrier.arrive_and_drop();
+        fibers[running].done = true;
+        pass_on();
+    }
 }
 
 template <typename Call>
 void run_cooperative(const Call& call, unsigned grid, unsigned threads) {
-    running_call<Call> = &call;
+    running_call = &call;
+    run_call = [](const void* called) { (*static_cast<const Call*>(called))(); };
     blockDim.x = threads, gridDim.x = grid;
-    while (fibers.size() < threads) fibers.emplace_back();
+    if (std::exchange(owner, std::this_thread::get_id()) != std::this_thread::get_id()) fibers.clear();
+    while (fibers.size() < threads) {
+        Fiber& fiber = fibers.emplace_back();
+        getcontext(&fiber.start);
+        fiber.start.uc_stack.ss_sp = fiber.stack.get();
+        fiber.start.uc_stack.ss_size = Fiber::STACK;
+        makecontext(&fiber.start, live, 0);
+    }
     for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) {
         block.emplace(threads);
-        for (unsigned index = 0; index < threads; ++index) {
-            Fiber& fiber = fibers[index];
-            fiber.started = fiber.done = false;
-            getcontext(&fiber.start);
-            fiber.start.uc_stack.ss_sp = fiber.stack.get();
-            fiber.start.uc_stack.ss_size = Fiber::STACK;
-            makecontext(&fiber.start, run_fiber<Call>, 0);
-        }
+        for (unsigned index = 0; index < threads; ++index) fibers[index].done = false;
         running = threads - 1;  // so that thread 0 is the next in turn
         if (!_setjmp(all_done)) continue_next();
     }
@@ -257,6 +295,35 @@ std::string parameters(void (*)(Parameters...)) {
 }
 
 }  // namespace shim
+
+// What tensor cores do (products.cu says which lane holds what): VALUES of a register, from column VALUES * q and from
+// DEPTH / 2 further on. `value` takes the i-th one out of it.
+template <unsigned VALUES, typename Sum, typename Value, unsigned DEPTH, typename Take>
+void multiply(Sum (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2], shim::Operands<Value, DEPTH> (&both)[2],
+              Take value) {
+    shim::Warp& own = shim::warp();
+    const unsigned group = shim::lane() / 4, first = shim::lane() % 4 * VALUES;
+    auto& operands = both[own.exchanges[shim::lane()]++ % 2];
+    for (unsigned half = 0; half < 2; ++half)
+        for (unsigned i = 0; i < VALUES; ++i) {
+            const unsigned k = first + half * DEPTH / 2 + i;
+            operands.a[group][k] = value(a[2 * half], i), operands.a[group + 8][k] = value(a[2 * half + 1], i);
+            operands.b[group][k] = value(b[half], i);
+        }
+    own.barrier.arrive_and_wait();
+    for (unsigned i = 0; i < 4; ++i) {
+        const Value *const row = operands.a[group + i / 2 * 8], *const column = operands.b[shim::lane() % 4 * 2 + i % 2];
+        for (unsigned k = 0; k < DEPTH; ++k) sum[i] += row[k] * column[k];
+    }
+}
+
+inline void mma(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    multiply<2>(sum, a, b, shim::warp().halves, [](unsigned word, unsigned i) { return half_to_float(word >> 16 * i); });
+}
+
+inline void mma(int (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    multiply<4>(sum, a, b, shim::warp().bytes, [](unsigned word, unsigned i) { return int8_t(word >> 8 * i); });
+}
 
 inline void __syncthreads() { shim::running_block().barrier.arrive_and_wait(); }
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,26 @@ _OWN_SYMBOLS = ("-Wl,-Bsymbolic", "-fno-gnu-unique")  # the process may hold ano
 RACE_FOUND = 66  # exit code under ThreadSanitizer
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _FUNCTION = re.compile(r"__(global|device)__\b[^{};]*?\b(?!__)(\w+)\s*\([^{};]*\)\s*\{")
-_COOPERATION = re.compile(r"__shared__|__sync|__shfl|__ballot")
+_COOPERATION = re.compile(r"__shared__|__sync|__shfl|__ballot|\bmma\b")
 
-Argument = np.ndarray | np.generic | int | None
+
+@dataclass(frozen=True)
+class Part:
+    """A dense array from an element on."""
+
+    array: np.ndarray
+    first: int
+
+
+class Table:
+    """The addresses of dense arrays."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        self.arrays = arrays
+        self.addresses = np.array([array.ctypes.data for array in arrays], dtype=np.uint64)
+
+
+Argument = np.ndarray | Part | Table | np.generic | int | None
 
 
 class HostKernels:
@@ -34,8 +52,8 @@ class HostKernels:
     def launch(self, name: str, grid: int, block: int, *args: Argument) -> None:
         """Run a kernel to its end.
 
-        A pointer parameter takes a dense array of its type, an address, or None for null; any other parameter takes a
-        numpy scalar of its type. Raises TypeError where one does not fit.
+        A pointer parameter takes a dense array of its type, or part of one, an address, or None for null; one to void a
+        table, too. Any other parameter takes a numpy scalar of its type. Raises TypeError where one does not fit.
         """
         describe = self._library[f"parameters_{name}"]
         describe.restype = ctypes.c_char_p
@@ -104,6 +122,10 @@ def _value(code: str, arg: Argument, where: str) -> np.ndarray:
         if not isinstance(arg, np.generic) or arg.dtype.str[1:] != code:
             raise TypeError(f"{where}: expected a numpy scalar of type {code}, got {arg!r}")
         return np.array(arg)
+    if isinstance(arg, Part):
+        return np.array(_value(code, arg.array, where) + np.uint64(arg.first * arg.array.itemsize))
+    if isinstance(arg, Table):
+        return _value(code, arg.addresses, where)
     if isinstance(arg, np.ndarray):
         if code[1:] not in ("", arg.dtype.str[1:]) or not arg.flags.c_contiguous:
             raise TypeError(f"{where}: expected a dense array of type {code[1:]}, got {arg.dtype} {arg.strides}")

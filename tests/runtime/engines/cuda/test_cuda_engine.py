@@ -16,6 +16,7 @@ from bar_edge.runtime.engines.cuda.engine import check_capability, profiles, sta
 from bar_edge.runtime.engines.cuda.graphs import scratch_bytes
 from bar_edge.runtime.engines.cuda.layers import check
 from bar_edge.runtime.engines.cuda.loop import buffer_sizes
+from bar_edge.runtime.engines.cuda.module import THREADS
 from bar_edge.runtime.engines.cuda.profile import Profile
 from bar_edge.runtime.engines.cuda.resident import Weights
 from bar_edge.runtime.errors import BundleError, CompatibilityError, EngineError
@@ -48,13 +49,13 @@ def prepacked(tmp_path_factory):
 
 
 @pytest.fixture
-def emulate(host, products, prepacked):
+def emulate(host, host_products, prepacked):
     """Makes loops; afterwards nobody has written behind a buffer, and closing them leaves nothing but the weights."""
     made = []
 
     def make(bundle, images=2, *, guided=True):
         profile = Profile.of(images, guided=guided, passes=len(bundle.recipe.allocation))
-        made.append(kernel_loop(prepacked(bundle), host, products, profile))
+        made.append(kernel_loop(prepacked(bundle), host, host_products, profile))
         return made[-1]
 
     yield make
@@ -190,7 +191,7 @@ def test_without_a_driver_the_engine_says_so(patch1, prepacked):
 
 
 def test_other_kernels_bundles_are_refused(damaged):
-    with pytest.raises(CompatibilityError, match="is for kernel family 99, this is family 1; compile the bundle"):
+    with pytest.raises(CompatibilityError, match="is for kernel family 99, this is family 2; compile the bundle"):
         Weights(damaged(lambda account: account.update(family=99)))
 
 
@@ -277,11 +278,12 @@ def test_the_engine_holds_weights_and_loops_until_it_is_closed(patch1, prepacked
     (resident,) = driver.memory.values()
     packed = (prepacked(patch1.bundle).path / "weights.safetensors").read_bytes()
     assert resident.tobytes() == packed  # one allocation, one copy
-    bits, images = engine.draw(batch_of(patch1.bundle, [1, 2, 3]))
+    bits, images = engine.draw(batch_of(patch1.bundle, [1, 2, 3]))  # in a profile of four
     assert bits.shape[0] == images.shape[0] == 3
     launched = {name for name, *_ in driver.launched}
-    assert {"stream_fp16_8", "tiled_fp16", "attend_step", "conv_out"} <= launched  # three images in a profile of four
-    assert all(size[3:] == (128, 1, 1) for name, size, _ in driver.launched)
+    assert {"few_rows_fp16_16", "many_rows_fp16", "attend_step", "conv_out"} <= launched
+    threads = {size[3] for name, size, _ in driver.launched if name.startswith(("few_rows", "many_rows", "attend"))}
+    assert threads == {THREADS}
     one_pass = (patch1.spec.bits_per_token,)
     assert len(engine.sample(batch_of(patch1.bundle, [1], allocation=one_pass))) == 1  # nothing was compiled for three
     engine.close()

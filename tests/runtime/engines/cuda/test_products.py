@@ -1,9 +1,6 @@
-"""The kernels of the engine `cuda` against numpy, executed on the CPU; for every GPU they compile without spilling."""
+"""The kernels of the engine `cuda` against numpy, executed on the CPU, and on the GPU where there is one."""
 
 import math
-import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
@@ -11,18 +8,15 @@ import pytest
 from bar_edge.calibration.quantize import from_blocks, per_channel, to_blocks
 from bar_edge.export.linear import BITS
 from bar_edge.export.prepack import prepacked
-from bar_edge.runtime.engines.cuda.compiler import OPTIONS, compile_source
 from bar_edge.runtime.engines.cuda.graphs import Activation, Destination
 from bar_edge.runtime.engines.cuda.module import PRODUCTS, THREADS
 from bar_edge.runtime.spec import LAYER_NORM_EPS, RMS_NORM_EPS
 
-from .test_compiler import NVCC_SMS, SMS
+from .host import Part, Table
 
 FORMS = ("fp16", "int8", "int8-weight", "int4-weight")
 INPUT_SCALE, OUT_SCALE = np.float32(0.02), np.float32(0.03)
-MAX_REGISTERS, MANY_ROWS_REGISTERS = 128, 255  # 16 warps, or 8 where 8 or 16 rows are summed, fit a multiprocessor
-NAMES = re.findall(r"__global__ BOUNDED void (\w+)", PRODUCTS.read_text())
-ROW_TILES = (2, 4, 8, 16)
+KERNELS = (16, 32, 64, None)  # rows of a block of few_rows; many_rows
 RACES = """
 i32, f32 = np.int32, np.float32
 rng = np.random.default_rng(0)
@@ -33,21 +27,23 @@ def floats(*shape):
 def halves(*shape):
     return floats(*shape).astype(np.float16).view(np.uint16)
 
-def product(kernel, blocks, chunk, activation, rows=3, inputs=64, outputs=68):
-    weight = rng.integers(0, 99, (outputs, inputs // chunk * 16), dtype=np.uint8)
+def product(kernel, blocks, inputs, activation, rows=3, outputs=68):
+    weight = rng.integers(0, 99, (9, 2 * 512), dtype=np.uint8)
     scale = floats(outputs) if "int8" in kernel else halves(outputs, inputs // 32)
-    x = weight if kernel.endswith("int8_4") or kernel.endswith("int8") else floats(rows, inputs)
-    sizes = [i32(size) for size in (rows, outputs, inputs, 2, 32)]
+    integers = "int8" in kernel and "weight" not in kernel
+    x = rng.integers(0, 99, (rows, inputs), dtype=np.uint8) if integers else halves(rows, inputs)
+    sizes = [i32(size) for size in (rows, outputs, inputs, 32)]
     out = (floats(rows, outputs), None)
     rest = (f32(1), i32(activation), i32(0), f32(0), i32(1), i32(0), i32(0))
-    kernels.launch(kernel, blocks, 128, weight, scale, floats(outputs), x, *out, *sizes, *rest)
+    kernels.launch(kernel, blocks, 256, weight, scale, floats(outputs), x, *out, *sizes, *rest)
 
-for form, chunk in (("fp16", 8), ("int8", 16), ("int8_weight", 16), ("int4_weight", 32)):
-    product(f"stream_{form}_4", 2, chunk, 3)
-    product(f"tiled_{form}", 2, chunk, 3)
+for form, inputs in (("fp16", 64), ("int8", 128), ("int8_weight", 128), ("int4_weight", 256)):
+    product(f"few_rows_{form}_16", 9, inputs, 3)
+    product(f"many_rows_{form}", 2, inputs, 3)
 x, weight = floats(2, 150), floats(150)
-kernels.launch("norm_modulate", 2, 128, x, weight, None, None, x.copy(), i32(150), i32(0), f32(0))
-kernels.launch("layer_norm", 2, 128, x, weight, weight, x, i32(150), i32(1), i32(0), f32(0))
+kernels.launch("norm_modulate", 2, 256, x, weight, None, None, x.copy(), i32(150), i32(0), f32(0))
+kernels.launch("layer_norm", 2, 256, x, weight, weight, halves(2, 150), i32(150), i32(1), i32(0), f32(0))
+kernels.launch("layer_norm_in_place", 2, 256, x, weight, weight, i32(150))
 rows, heads, d, length = 2, 2, 40, 24
 qkv, norm, cos, sin = floats(6, 3 * heads, d), floats(2 * heads, d), floats(4, d // 2), floats(4, d // 2)
 where, start = np.arange(6, dtype=np.int32) % 4, np.full(rows, 18, dtype=np.int32)
@@ -55,10 +51,10 @@ keys, values, out = halves(rows, heads, length, d), halves(rows, heads, length, 
 tables = (where, where, norm, cos, sin)
 sizes = (i32(heads), i32(d))
 step = (where, where, start, norm, cos, sin, keys, values, out, *sizes, i32(length), f32(0))
-kernels.launch("attend_step", rows * heads, 128, qkv, *step)
-kernels.launch("rotate_prefix", 9, 128, qkv, *tables, keys, values, i32(6), i32(3), *sizes)
-kernels.launch("attend_prefix", 6 * heads, 128, qkv, keys, values, out, i32(3), *sizes, f32(0))
-kernels.launch("attend_image", 6 * heads, 128, qkv, out, i32(3), *sizes, f32(0))
+kernels.launch("attend_step", rows * heads, 256, qkv, *step)
+kernels.launch("rotate_prefix", 5, 256, qkv, *tables, keys, values, i32(6), i32(3), *sizes)
+kernels.launch("attend_prefix", 6 * heads, 256, qkv, keys, values, out, i32(3), *sizes, f32(0))
+kernels.launch("attend_image_64", 2 * heads, 256, halves(6, 3 * heads, d), out, i32(3), *sizes, f32(0))
 """
 
 
@@ -96,6 +92,11 @@ def rms_norm(x):
     return x / np.sqrt((x.astype(np.float64) ** 2).mean(axis=-1, keepdims=True) + RMS_NORM_EPS)
 
 
+def layer_norm(x):
+    centred = x.astype(np.float64) - x.astype(np.float64).mean(axis=-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + LAYER_NORM_EPS)
+
+
 class Layer:
     """A linear layer of random weights, as it is packed and as what it stands for."""
 
@@ -112,7 +113,10 @@ class Layer:
         else:
             values, scale = to_blocks(weight, BITS[form], np.ones(inputs, dtype=np.float32))
             stored |= {f"weight_blocks{BITS[form]}": values, "block_scale": scale}
-            self.weight = from_blocks(values, scale.astype(np.float16) if form == "int4-weight" else scale, BITS[form])
+            if form == "int4-weight":  # a weight is a float16
+                self.weight = from_blocks(values, scale.astype(np.float16), 4).astype(np.float16).astype(np.float64)
+            else:
+                self.weight = from_blocks(values, scale, 8)
         made, self.account = prepacked({f"{name}.{part}": array for part, array in stored.items()}, {name: form})
         self.form, self.stored = form, {part.removeprefix(f"{name}."): one.make() for part, one in made.items()}
         self.inputs, self.outputs = self.account[name]["in_features"], outputs
@@ -121,30 +125,30 @@ class Layer:
         """x [M, in] as the layer reads it, and what that stands for."""
         if self.form == "int8":
             return levels(x, INPUT_SCALE), levels(x, INPUT_SCALE).astype(np.float64) * INPUT_SCALE
-        padded = np.zeros((len(x), self.inputs), dtype=np.float32)
+        padded = np.zeros((len(x), self.inputs), dtype=np.float16)
         padded[:, : x.shape[1]] = x
-        return padded, x.astype(np.float64)
+        return bits(padded), x.astype(np.float16).astype(np.float64)
 
-    def run(
-        self, products, x, out, *, tile, lanes=4, gate=None, activation=0, destination=0, out_scale=0, shape=(1, 0, 0)
-    ):
-        """One launch; tile: rows of a streaming product, or None for tiles."""
-        kernel, rows = self.form.replace("-", "_"), len(x)
-        per_block = 64 if tile is None else THREADS // lanes
-        blocks = -(-self.outputs // per_block) * -(-rows // (tile or 64))
-        name = f"tiled_{kernel}" if tile is None else f"stream_{kernel}_{tile}"
+    def run(self, products, x, out, *, rows, gate=None, activation=0, destination=0, out_scale=0, shape=(1, 0, 0)):
+        """One launch; rows: of a block of few_rows, or None for many_rows."""
+        kernel, name = self.form.replace("-", "_"), "many_rows" if rows is None else "few_rows"
+        per_block = 64 if rows is None else 8
+        blocks = -(-self.outputs // per_block) * -(-len(x) // (rows or 128))
         scale = self.stored.get("weight_scale", self.stored.get("block_scale"))
         block = self.inputs // scale.shape[1] if self.form == "int4-weight" else 0
+        if scale is not None and scale.dtype == np.float16:
+            scale = bits(scale)
         products.launch(
-            name, blocks, THREADS, self.stored["weight_chunks"], scale, self.stored["bias"], x, out, gate,
-            *i32(rows, self.outputs, self.inputs, lanes, block), INPUT_SCALE if self.form == "int8" else np.float32(0),
-            *i32(activation, destination), np.float32(out_scale), *i32(*shape),
+            f"{name}_{kernel}" + (f"_{rows}" if rows else ""), blocks, THREADS, self.stored["weight_chunks"], scale,
+            self.stored["bias"], x, out, gate, *i32(len(x), self.outputs, self.inputs, block),
+            INPUT_SCALE if self.form == "int8" else np.float32(0), *i32(activation, destination),
+            np.float32(out_scale), *i32(*shape),
         )  # fmt: skip
         return out
 
-    def product(self, products, x, tile, lanes=4):
+    def product(self, products, x, rows):
         out = np.full((len(x), self.outputs), np.nan, dtype=np.float32)
-        return self.run(products, self.activation(x)[0], out, tile=tile, lanes=lanes)
+        return self.run(products, self.activation(x)[0], out, rows=rows)
 
     def expected(self, x):
         return self.activation(x)[1] @ self.weight.T + self.bias
@@ -153,45 +157,64 @@ class Layer:
 # -- products ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tile", [*ROW_TILES, None])
+@pytest.mark.parametrize("rows", KERNELS)
 @pytest.mark.parametrize("form", FORMS)
-def test_products_are_those_of_numpy(products, form, tile):
-    layer = Layer(form, 80, 70)  # chunks and blocks of outputs that are not whole
-    x = floats(19 if tile else 67, 80)
-    np.testing.assert_allclose(layer.product(products, x, tile), layer.expected(x), rtol=1e-5, atol=1e-5)
+def test_products_are_those_of_numpy(products, form, rows):
+    layer = Layer(form, 80, 70)  # chunks and tiles that are not whole
+    x = floats(2 * rows + 3 if rows else 131, 80)
+    np.testing.assert_allclose(layer.product(products, x, rows), layer.expected(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 8, 32])
+@pytest.mark.parametrize("inputs", [16, 256, 1152, 4112])
 @pytest.mark.parametrize("form", FORMS)
-def test_any_number_of_lanes_shares_an_output(products, form, lanes):
-    layer, x = Layer(form, 1152, 6), floats(3, 1152)
-    np.testing.assert_allclose(layer.product(products, x, 4, lanes), layer.expected(x), rtol=1e-5, atol=1e-5)
+def test_warps_share_any_number_of_inputs(products, form, inputs):
+    layer, x = Layer(form, inputs, 6), floats(3, inputs)
+    np.testing.assert_allclose(layer.product(products, x, 16), layer.expected(x), rtol=2e-5, atol=2e-5)
 
 
-def test_inputs_that_fill_no_chunk_are_filled_up(products):
+@pytest.mark.parametrize("inputs", [16, 32, 64, 128])
+def test_int4_blocks_have_scales_of_their_own(products, inputs):
+    layer, x = Layer("int4-weight", 3 * inputs, 9), floats(3, 3 * inputs)
+    assert layer.stored["block_scale"].shape == (9, 3)
+    for rows in (16, None):
+        np.testing.assert_allclose(layer.product(products, x, rows), layer.expected(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_weight_lies_where_its_lane_takes_it(products, form):
+    """A row of x that is a single one reads a column of weights."""
+    layer, x = Layer(form, 272, 11), np.eye(272, dtype=np.float32)
+    expected = layer.expected(x) - layer.bias
+    found = layer.product(products, x, 64) - layer.bias
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert len(np.unique(np.round(expected, 4))) > 15  # weights that change places would show
+
+
+def test_inputs_that_fill_no_step_are_filled_up(products):
     layer, x = Layer("fp16", 6, 9), floats(3, 6)
     assert layer.inputs == 8
-    for tile in (4, None):
-        np.testing.assert_allclose(layer.product(products, x, tile, 1), layer.expected(x), rtol=1e-5, atol=1e-5)
+    for rows in (16, None):
+        np.testing.assert_allclose(layer.product(products, x, rows), layer.expected(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_row_is_the_same_bits_whatever_rows_are_beside_it(products, form):
-    layer, x = Layer(form, 144, 33), floats(17, 144)
-    alone = np.concatenate([layer.product(products, x[i : i + 1], 2) for i in range(17)])
-    for tile in ROW_TILES:
-        np.testing.assert_array_equal(layer.product(products, x, tile), alone)
-    tiled = np.concatenate([layer.product(products, x[i : i + 1], None) for i in range(17)])
-    np.testing.assert_array_equal(layer.product(products, x, None), tiled)
+    layer, x = Layer(form, 528, 33), floats(17, 528)
+    alone = np.concatenate([layer.product(products, x[i : i + 1], 16) for i in range(17)])
+    for rows in KERNELS:
+        np.testing.assert_array_equal(layer.product(products, x, rows), alone)
 
 
-@pytest.mark.parametrize("tile", [4, None])
+@pytest.mark.parametrize("rows", [16, None])
 class TestEpilogues:
     @pytest.fixture
     def x(self):
         return floats(5, 48)
 
-    def test_activations(self, products, x, tile):
+    def run(self, products, layer, x, out, rows, **epilogue):
+        return layer.run(products, layer.activation(x)[0], out, rows=rows, **epilogue)
+
+    def test_activations(self, products, x, rows):
         layer = Layer("fp16", 48, 12)
         value = layer.expected(x)
         erf = np.vectorize(math.erf)
@@ -199,45 +222,49 @@ class TestEpilogues:
             (Activation.SILU, silu(value)),
             (Activation.GELU, value * (1 + erf(value / np.sqrt(2))) / 2),
         ):
-            found = layer.run(products, x, np.empty((5, 12), dtype=np.float32), tile=tile, activation=code)
+            found = self.run(products, layer, x, np.empty((5, 12), dtype=np.float32), rows, activation=code)
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("form", FORMS)
-    def test_swiglu_takes_pairs_that_prepacking_brought_together(self, products, x, tile, form):
+    def test_swiglu_takes_pairs_that_prepacking_brought_together(self, products, x, rows, form):
         layer = Layer(form, 48, 24, name="a.mlp.w12")
         x1, x2 = np.split(layer.expected(x), 2, axis=1)
         out = np.full((5, 12), np.nan, dtype=np.float32)
-        layer.run(products, layer.activation(x)[0], out, tile=tile, activation=Activation.SWIGLU)
+        self.run(products, layer, x, out, rows, activation=Activation.SWIGLU)
         np.testing.assert_allclose(out, silu(x1) * x2, rtol=1e-5, atol=1e-5)
 
-    def test_an_int8_activation_is_written_with_its_scale(self, products, x, tile):
+    def test_the_input_of_another_product(self, products, x, rows):
         layer = Layer("fp16", 48, 12)
-        out = layer.run(products, x, np.empty((5, 12), dtype=np.int8), tile=tile, out_scale=OUT_SCALE)
+        out = np.empty((5, 12), dtype=np.float16)
+        self.run(products, layer, x, bits(out), rows, destination=Destination.INPUT)
+        np.testing.assert_allclose(out, layer.expected(x), rtol=1e-3)
+        out = np.empty((5, 12), dtype=np.int8)
+        self.run(products, layer, x, out, rows, destination=Destination.INPUT, out_scale=OUT_SCALE)
         wanted = layer.expected(x) / OUT_SCALE
         assert (np.abs(wanted) > 127).any()  # some of them saturate
         assert np.abs(np.clip(wanted, -128, 127) - out).max() <= 0.5 + 1e-3
 
-    def test_a_gated_residual(self, products, x, tile):
+    def test_a_gated_residual(self, products, x, rows):
         layer, residual, gate = Layer("fp16", 48, 12), floats(5, 12, seed=2), halves(5, 20)
-        for rows, expected in (
+        for gates, expected in (
             (bits(gate), residual + gate[:, :12].astype(np.float64) * layer.expected(x)),
             (None, residual + layer.expected(x)),
         ):
             out = residual.copy()
-            layer.run(products, x, out, tile=tile, gate=rows, destination=Destination.ADD, shape=(1, 20, 0))
+            self.run(products, layer, x, out, rows, gate=gates, destination=Destination.ADD, shape=(1, 20, 0))
             np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
 
-    def test_pieces(self, products, x, tile):
+    def test_pieces(self, products, x, rows):
         layer, out = Layer("fp16", 48, 12), np.empty((3, 5, 4), dtype=np.float16)
-        layer.run(products, x, bits(out), tile=tile, destination=Destination.PIECES, shape=(4, 0, 0))
+        self.run(products, layer, x, bits(out), rows, destination=Destination.PIECES, shape=(4, 0, 0))
         expected = layer.expected(x).reshape(5, 3, 4).transpose(1, 0, 2)
         np.testing.assert_allclose(out.astype(np.float64), expected, rtol=1e-3, atol=1e-5)
 
-    def test_a_table_of_buffers(self, products, tile):
+    def test_a_table_of_buffers(self, products, rows):
         layer, x = Layer("fp16", 48, 12), floats(6, 48)
         buffers = [np.zeros((2, 20), dtype=np.float16) for _ in range(3)]
-        table = np.array([buffer.ctypes.data for buffer in buffers], dtype=np.uint64)
-        layer.run(products, x, table, tile=tile, destination=Destination.TABLE, shape=(2, 20, 5))
+        table = Table([bits(buffer) for buffer in buffers])
+        self.run(products, layer, x, table, rows, destination=Destination.TABLE, shape=(2, 20, 5))
         found = np.concatenate(buffers).astype(np.float64)
         np.testing.assert_allclose(found[:, 5:17], layer.expected(x), rtol=1e-3, atol=1e-5)
         assert not found[:, :5].any() and not found[:, 17:].any()
@@ -249,27 +276,33 @@ class TestEpilogues:
 def test_norm_and_modulation(products):
     x, modulation = floats(3, 200), halves(3, 500)
     scale, shift = modulation[:, 200:400], modulation[:, :200]
-    out = np.empty_like(x)
-    begin = bits(modulation).ctypes.data
-    products.launch("norm_modulate", 3, THREADS, x, None, begin + 400, begin, out, *i32(200, 500), np.float32(0))
-    np.testing.assert_allclose(out, rms_norm(x) * scale + shift, rtol=1e-5, atol=1e-5)
+    out = np.empty(x.shape, dtype=np.float16)
+    pieces = (Part(bits(modulation), 200), Part(bits(modulation), 0))
+    products.launch("norm_modulate", 3, THREADS, x, None, *pieces, bits(out), *i32(200, 500), np.float32(0))
+    np.testing.assert_allclose(out, rms_norm(x) * scale + shift, rtol=1e-3, atol=1e-4)
 
 
 def test_the_first_norm_stays_in_x(products):
-    x, weight, out = floats(2, 48) * 3, floats(48), np.empty((2, 48), dtype=np.float32)
+    x, weight, out = floats(2, 48) * 3, floats(48), np.empty((2, 48), dtype=np.float16)
     first = rms_norm(x) * weight
-    products.launch("norm_modulate", 2, THREADS, x, weight, None, None, out, *i32(48, 0), np.float32(0))
+    products.launch("norm_modulate", 2, THREADS, x, weight, None, None, bits(out), *i32(48, 0), np.float32(0))
     np.testing.assert_allclose(x, first, rtol=1e-5)
-    np.testing.assert_allclose(out, rms_norm(first), rtol=1e-5)
+    np.testing.assert_allclose(out, rms_norm(first), rtol=1e-3)
 
 
 def test_layer_norm_may_leave_rows_out(products):
     x, weight, bias = floats(2, 4, 150) + 5, floats(150), floats(150, seed=1)
     out = np.empty((2, 3, 150), dtype=np.int8)
     products.launch("layer_norm", 6, THREADS, x, weight, bias, out, *i32(150, 3, 1), OUT_SCALE)
-    centred = x.astype(np.float64) - x.mean(axis=-1, keepdims=True)
-    expected = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + LAYER_NORM_EPS) * weight + bias
+    expected = layer_norm(x) * weight + bias
     assert np.abs(np.clip(expected[:, 1:] / OUT_SCALE, -128, 127) - out).max() <= 0.5 + 1e-2
+
+
+def test_layer_norm_in_place(products):
+    x, weight, bias = floats(2, 150) + 5, floats(150), floats(150, seed=1)
+    expected = layer_norm(x) * weight + bias
+    products.launch("layer_norm_in_place", 2, THREADS, x, weight, bias, *i32(150))
+    np.testing.assert_allclose(x, expected, rtol=1e-4, atol=1e-5)
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
@@ -301,27 +334,27 @@ class Heads:
         return x[:, :heads], x[:, heads:].astype(np.float16), self.qkv[:, 2 * heads :].astype(np.float16)
 
 
-@pytest.mark.parametrize("d", [16, 40, 64])
-def test_a_new_position_attends_to_the_filled_cache(products, d):
-    rows, heads, length, start = 3, 4, 24, 18
+@pytest.mark.parametrize(("d", "length", "start"), [(16, 24, 18), (40, 24, 18), (64, 24, 0), (8, 600, 590)])
+def test_a_new_position_attends_to_the_filled_cache(products, d, length, start):
+    rows, heads = 3, 4
     new = Heads(rows, heads, d)
     q, k, v = new.rotated()
     keys, values = halves(rows, heads, length, d), halves(rows, heads, length, d, seed=1)
     expected_keys, expected_values = keys.copy(), values.copy()
     expected_keys[:, :, start], expected_values[:, :, start] = k, v
     keys[:, :, start + 1 :] = values[:, :, start + 1 :] = np.nan  # nobody may read what is not filled
-    out = np.full((rows, heads, d), np.nan, dtype=np.float32)
+    out = np.full((rows, heads, d), np.nan, dtype=np.float16)
     own, targets, *tables = new.tables
     products.launch(
         "attend_step", rows * heads, THREADS, new.qkv, own, targets, np.full(rows, start, dtype=np.int32), *tables,
-        bits(keys), bits(values), out, *i32(heads, d, length), np.float32(0),
+        bits(keys), bits(values), bits(out), *i32(heads, d, length), np.float32(0),
     )  # fmt: skip
     filled = slice(0, start + 1)
     np.testing.assert_array_max_ulp(keys[:, :, start], expected_keys[:, :, start], 1)
     np.testing.assert_array_equal(values[:, :, filled], expected_values[:, :, filled])
     scores = np.einsum("rhd,rhsd->rhs", q, keys[:, :, filled].astype(np.float64)) / np.sqrt(d)
     expected = np.einsum("rhs,rhsd->rhd", softmax(scores), values[:, :, filled].astype(np.float64))
-    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(out, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_prefix_sees_itself_and_what_is_before(products):
@@ -330,28 +363,42 @@ def test_a_prefix_sees_itself_and_what_is_before(products):
     q, k, v = (x.reshape(rows, length, heads, d).transpose(0, 2, 1, 3) for x in new.rotated())
     keys, values = (np.zeros((rows, heads, length, d), dtype=np.float16) for _ in range(2))
     sizes = i32(rows * length, length, heads, d)
-    blocks = -(-rows * length * 3 * heads // 4)
+    blocks = -(-rows * length * 3 * heads // (THREADS // 32))
     products.launch("rotate_prefix", blocks, THREADS, new.qkv, *new.tables, bits(keys), bits(values), *sizes)
     np.testing.assert_array_max_ulp(keys, np.ascontiguousarray(k), 1)
     np.testing.assert_array_equal(values, v)
-    out = np.empty((rows, length, heads, d), dtype=np.float32)
-    launch = ("attend_prefix", rows * length * heads, THREADS, new.qkv, bits(keys), bits(values), out)
+    out = np.empty((rows, length, heads, d), dtype=np.float16)
+    launch = ("attend_prefix", rows * length * heads, THREADS, new.qkv, bits(keys), bits(values), bits(out))
     products.launch(*launch, *i32(length, heads, d), np.float32(0))
     scores = q @ keys.transpose(0, 1, 3, 2).astype(np.float64) / np.sqrt(d)
     scores = np.where(np.tril(np.ones((length, length), dtype=bool)), scores, -np.inf)
     expected = (softmax(scores) @ v.astype(np.float64)).transpose(0, 2, 1, 3)
-    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(out, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("d", [4, 12])
-def test_the_decoder_attends_to_the_whole_image(products, d):
-    images, positions, heads = 2, 21, 3
-    qkv, out = floats(images, positions, 3, heads, d), np.empty((images, positions, heads, d), dtype=np.float32)
-    blocks = images * positions * heads
-    products.launch("attend_image", blocks, THREADS, qkv, out, *i32(positions, heads, d), np.float32(0))
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("d", "positions"), [(4, 21), (12, 64), (64, 150)])
+def test_the_decoder_attends_to_the_whole_image(products, d, positions, dim):
+    images, heads = 2, 3
+    qkv = (2 * floats(images, positions, 3, heads, d)).astype(np.float16)
+    out = np.empty((images, positions, heads, d), dtype=np.float16)
+    sizes = (*i32(positions, heads, d), np.float32(0))
+    blocks = images * heads * -(-positions // 128)
+    products.launch(f"attend_image_{dim}", blocks, THREADS, bits(qkv), bits(out), *sizes)
     q, k, v = qkv.astype(np.float64).transpose(2, 0, 3, 1, 4)
     expected = (softmax(q @ k.transpose(0, 1, 3, 2) / np.sqrt(d)) @ v).transpose(0, 2, 1, 3)
-    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(out, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_scores_far_apart_are_softened_alike(products):
+    """Sums are relative to the largest score so far, which grows along the keys here."""
+    qkv = np.ones((130, 3, 1, 16), dtype=np.float16)
+    qkv[:, 1] *= np.linspace(-60, 60, 130, dtype=np.float16)[:, None, None]
+    qkv[:, 2] = halves(130, 1, 16)
+    out = np.empty((130, 1, 16), dtype=np.float16)
+    products.launch("attend_image_64", 2, THREADS, bits(qkv), bits(out), *i32(130, 1, 16), np.float32(0))
+    q, k, v = qkv[:, :, 0].astype(np.float64).transpose(1, 0, 2)
+    np.testing.assert_allclose(out[:, 0], softmax(q @ k.T / 4) @ v, rtol=2e-3, atol=2e-3)
 
 
 # -- the rest ----------------------------------------------------------------------------------------------------------
@@ -360,29 +407,29 @@ def test_the_decoder_attends_to_the_whole_image(products, d):
 def test_modulation_begins_with_class_and_position(products):
     symbols, steps = floats(9, 20), floats(7, 20, seed=1)
     class_id, positions = np.array([0, 5, 2], dtype=np.int32), np.array([6, 0, 3], dtype=np.int32)
-    out = np.empty((3, 20), dtype=np.float32)
-    tables = (class_id, positions, symbols, steps, out)
+    out = np.empty((3, 20), dtype=np.float16)
+    tables = (class_id, positions, symbols, steps, bits(out))
     products.launch("modulation_input", 2, THREADS, *tables, *i32(3, 20, 3), np.float32(0))
-    np.testing.assert_allclose(out, silu(symbols[3 + class_id] + steps[positions]), rtol=1e-5)
+    np.testing.assert_allclose(out, silu(symbols[3 + class_id] + steps[positions]), rtol=1e-3, atol=1e-6)
 
 
 def test_ratios_are_sines_and_cosines(products):
-    ratio, frequencies, out = np.array([1, 0.25], dtype=np.float32), floats(5) * 16, np.empty((2, 10), np.float32)
-    products.launch("ratio_features", 1, THREADS, ratio, frequencies, out, *i32(2, 5))
+    ratio, frequencies, out = np.array([1, 0.25], dtype=np.float32), floats(5) * 16, np.empty((2, 10), np.float16)
+    products.launch("ratio_features", 1, THREADS, ratio, frequencies, bits(out), *i32(2, 5))
     angle = 2 * np.pi * ratio[:, None] * frequencies.astype(np.float64)
-    np.testing.assert_allclose(out, np.concatenate([np.sin(angle), np.cos(angle)], axis=1), atol=1e-5)
+    np.testing.assert_allclose(out, np.concatenate([np.sin(angle), np.cos(angle)], axis=1), rtol=1e-3, atol=1e-5)
 
 
 def test_the_head_is_conditioned_for_every_pass(products):
-    ratio, latent, out = floats(3, 8), floats(2, 8, seed=1), np.empty((3, 2, 8), dtype=np.float32)
-    products.launch("head_condition", 2, THREADS, ratio, latent, out, *i32(3, 2, 8), np.float32(0))
-    np.testing.assert_allclose(out, silu(silu(ratio[:, None] + latent)), rtol=1e-5, atol=1e-6)
+    ratio, latent, out = floats(3, 8), floats(2, 8, seed=1), np.empty((3, 2, 8), dtype=np.float16)
+    products.launch("head_condition", 2, THREADS, ratio, latent, bits(out), *i32(3, 2, 8), np.float32(0))
+    np.testing.assert_allclose(out, silu(silu(ratio[:, None] + latent)), rtol=1e-3, atol=1e-6)
 
 
 def test_rows_are_filled_up(products):
-    x, out = floats(3, 6), np.full((3, 8), np.nan, dtype=np.float32)
-    products.launch("pad_rows", 1, THREADS, x, out, *i32(3, 6, 8))
-    np.testing.assert_array_equal(out, np.pad(x, [(0, 0), (0, 2)]))
+    x, out = floats(3, 6), np.full((3, 8), np.nan, dtype=np.float16)
+    products.launch("pad_rows", 1, THREADS, x, bits(out), *i32(3, 6, 8))
+    np.testing.assert_array_equal(out, np.pad(x, [(0, 0), (0, 2)]).astype(np.float16))
 
 
 def test_the_class_position_comes_before_the_cells(products):
@@ -407,39 +454,3 @@ def test_the_threads_of_a_block_do_not_race(thread_sanitizer):
     """Every kernel whose threads share memory; what ThreadSanitizer can find is in test_host.py."""
     done = thread_sanitizer(RACES, PRODUCTS)
     assert done.returncode == 0, done.stderr
-
-
-# -- compilers ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("sm", SMS[:1])
-def test_nvrtc_compiles_every_kernel(sm, tmp_path, monkeypatch):
-    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="the package cuda-bindings is not installed")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    try:
-        known = nvrtc.nvrtcGetSupportedArchs()[1]
-    except RuntimeError as error:
-        pytest.skip(f"no NVRTC here: {error}")
-    if sm not in known:
-        pytest.skip(f"this NVRTC does not know sm_{sm}")
-    cubin = compile_source(PRODUCTS, sm, OPTIONS)
-    for name in NAMES:
-        assert f".text.{name}\0".encode() in cubin
-
-
-@pytest.mark.parametrize("sm", NVCC_SMS)
-def test_nvcc_spills_nothing(sm, tmp_path):
-    if shutil.which("nvcc") is None:
-        pytest.skip("no nvcc here")
-    command = ["nvcc", *OPTIONS, f"--gpu-architecture=sm_{sm}", "--cubin", "--ptxas-options=--verbose"]
-    done = subprocess.run(
-        [*command, str(PRODUCTS), "-o", str(tmp_path / "products.cubin")], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    entries = re.findall(r"Compiling entry function '(\w+)'", done.stderr)
-    registers = dict(zip(entries, map(int, re.findall(r"Used (\d+) registers", done.stderr)), strict=True))
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert sorted(entries) == sorted(NAMES)
-    assert len(spills) >= len(NAMES) and set(spills) == {("0", "0", "0")}
-    for name, count in registers.items():
-        assert count <= (MANY_ROWS_REGISTERS if name.endswith(("_8", "_16")) else MAX_REGISTERS), name
