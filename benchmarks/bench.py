@@ -4,9 +4,11 @@ The report (schema: docs/benchmarking.md) is plain JSON; `tables.py`, `charts.py
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
 from time import sleep
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from bar_edge.benchmarks.contenders import Drawn
 from bar_edge.benchmarks.figures import summarize
 from bar_edge.benchmarks.machine import power_state
 from bar_edge.benchmarks.measure import Contender, ContenderError, Report, Worker, stamp
-from bar_edge.benchmarks.plan import FORMS, FP32, Entrant, Plan, name_of
+from bar_edge.benchmarks.plan import CONTENDERS, FORMS, FP32, Entrant, Plan, name_of
 from bar_edge.benchmarks.profiles import MAX_OVERHEAD
 from bar_edge.runtime import engines
 from bar_edge.runtime.errors import RequestError
@@ -27,6 +29,7 @@ FORMAT, FORMAT_VERSION = "bar-edge bench", 1
 # first token took around 100 ms in most rounds, and 16 where another contender came between.
 _SETTLE_SECONDS = 0.2
 _BEST = ("bytes_per_second", "flops_per_second")
+_GPU_BEST = "gpu_bytes_per_second"
 
 Progress = Callable[[str, int, int], None]  # what comes next, pieces done, pieces in all
 Images = dict[str, list[NDArray[np.uint8]]]  # contender -> the images [H, W, 3] of its last proof
@@ -34,36 +37,11 @@ Images = dict[str, list[NDArray[np.uint8]]]  # contender -> the images [H, W, 3]
 
 def run(plan: Plan, progress: Progress) -> tuple[Report, Images]:
     """Carry out a plan. Contenders that fail are in the report with their reason; nothing is raised for them."""
-    bench = _Bench(plan, progress)
-    before = power_state()
-    with ExitStack() as stack:
-        bench.start(stack)
+    with Bench(plan, progress) as bench:
         for batch_size in plan.batch_sizes:
-            bench.prove(batch_size)
-            bench.time(batch_size)
-        after = power_state()
+            bench.measure(batch_size, plan.rounds)
         bench.explain()
-    first = plan.bundles[0]
-    report = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        **stamp(plan.command),
-        "settings": {
-            "variant": first.variant, "model": first.spec.to_dict(),
-            "recipe": {**asdict(first.recipe), "allocation": list(first.recipe.allocation)}, "seed": plan.seed,
-            "batch_sizes": list(plan.batch_sizes), "rounds": plan.rounds, "warmup": plan.warmup,
-            "threads": plan.threads,
-        },
-        "engines": {state.name: {"usable": state.usable, "detail": state.detail} for state in _engine_states(plan)},
-        "power": {
-            "before": before, "after": after, "energy_sources": [meter.source for meter in bench.meters],
-            "without_energy": bench.unmetered,
-        },
-        "machine_best": {name: {**summarize(samples), "samples": samples} for name, samples in bench.best.items()},
-        "contenders": [run.to_dict() for run in bench.runs],
-    }  # fmt: skip
-    report["verdicts"] = verdicts.of_report(report, {name_of(bundle): bundle.manifest for bundle in plan.bundles})
-    return report, bench.images
+        return bench.report(), bench.images
 
 
 def _engine_states(plan: Plan) -> list[engines.Status]:
@@ -76,14 +54,19 @@ class _Run:
 
     def __init__(self, entrant: Entrant) -> None:
         self.entrant, self.name = entrant, entrant.contender.name
-        self.state, self.reason = ("unavailable", entrant.unavailable) if entrant.unavailable else ("timed", "")
+        self.state, self.reason = "timed", ""
+        if entrant.unavailable:
+            self.state, self.reason = "unavailable", entrant.unavailable
+        elif not entrant.timed:
+            self.state, self.reason = "reference", "the others are proven by it; it is not timed"
         self.worker: Worker | None = None
+        self.device: str | None = None
         self.load_seconds = 0.0
         self.proofs: list[dict[str, Any]] = []
         self.batches: list[dict[str, Any]] = []
 
     def fail(self, reason: str) -> None:
-        self.state, self.reason, self.batches = "failed", reason, []
+        self.state, self.reason = "failed", reason
         if self.worker is not None:
             self.worker.stop()
         self.worker = None
@@ -91,39 +74,115 @@ class _Run:
     def to_dict(self) -> dict[str, Any]:
         described = {
             "name": self.name, "kind": self.entrant.kind, "precision": self.entrant.precision,
-            "graphs": dict(self.entrant.graphs), "state": self.state, "reason": self.reason, "proofs": self.proofs,
+            "graphs": dict(self.entrant.graphs), "device": self.device, "state": self.state, "reason": self.reason,
+            "proofs": self.proofs,
         }  # fmt: skip
-        return {**described, "load_seconds": self.load_seconds, "batches": self.batches} if self.batches else described
+        explained = [batch for batch in self.batches if "stages" in batch]
+        return {**described, "load_seconds": self.load_seconds, "batches": explained} if explained else described
 
 
-class _Bench:
-    def __init__(self, plan: Plan, progress: Progress) -> None:
-        self._plan, self._progress = plan, progress
-        self.runs = [_Run(entrant) for entrant in plan.entrants()]
-        self.meters, self.unmetered = energy.find_meters()
-        self.best: dict[str, list[float]] = {name: [] for name in _BEST}
+class Bench:
+    """A plan on its way. Within `with` everyone's process lives, so that all can take turns.
+
+    They load one after the other, or `load_together`, which is faster and makes their `load_seconds` those of a crowd.
+    """
+
+    def __init__(self, plan: Plan, progress: Progress, *, load_together: bool = False) -> None:
+        self._plan, self._progress, self._together = plan, progress, load_together
+        self._stack = ExitStack()
+        self._runs = [_Run(entrant) for entrant in plan.entrants()]
+        self._meters, self._unmetered = energy.find_meters()
+        self._best: dict[str, list[float]] = {name: [] for name in _BEST}
+        self._no_gpu_best = ""  # why there is none
+        self._power = power_state()
         self.images: Images = {}
 
-    def start(self, stack: ExitStack) -> None:
-        """Start everyone's process; all live until `stack` is closed, so that they can take turns."""
-        threads = self._plan.threads
-        for meter in self.meters:
-            stack.callback(meter.close)
-        described = Contender("machine", "bar_edge.benchmarks.contenders:Machine", {"threads": threads})
-        self._machine = stack.enter_context(Worker(described, threads))
-        for i, run in enumerate(self.runs):
-            if run.state != "timed":
-                continue
-            self._progress(f"loading {run.name}", i, len(self.runs))
-            try:
-                run.worker = stack.enter_context(Worker(run.entrant.contender, threads))
-            except ContenderError as error:
-                run.fail(f"does not load: {error}")
-            else:
-                run.load_seconds = run.worker.load_seconds
-                self._check_model(run, run.worker)
+    def __enter__(self) -> "Bench":
+        with ExitStack() as undo:
+            self._start(undo)
+            self._stack = undo.pop_all()
+        return self
 
-    def prove(self, batch_size: int) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def measure(self, batch_size: int, rounds: int, least_seconds: float = 0) -> None:
+        """Prove and time one batch size; in a round everyone draws for at least so many seconds."""
+        self._prove(batch_size)
+        self._time(batch_size, rounds, least_seconds)
+
+    def report(self) -> Report:
+        """All that has been measured so far, and explained."""
+        plan, first = self._plan, self._plan.bundles[0]
+        report = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            **stamp(plan.command),
+            "settings": {
+                "variant": first.variant, "model": first.spec.to_dict(),
+                "recipe": {**asdict(first.recipe), "allocation": list(first.recipe.allocation)}, "seed": plan.seed,
+                "batch_sizes": list(plan.batch_sizes), "rounds": plan.rounds, "warmup": plan.warmup,
+                "threads": plan.threads,
+            },
+            "engines": {state.name: {"usable": state.usable, "detail": state.detail} for state in _engine_states(plan)},
+            "power": {
+                "before": self._power, "after": power_state(),
+                "energy_sources": [meter.source for meter in self._meters], "without_energy": self._unmetered,
+            },
+            "machine_best": {name: {**summarize(of), "samples": of} for name, of in self._best.items() if of},
+            **({"without_gpu_best": self._no_gpu_best} if self._no_gpu_best else {}),
+            "contenders": [run.to_dict() for run in self._runs],
+        }  # fmt: skip
+        report["verdicts"] = verdicts.of_report(report, {name_of(bundle): bundle.manifest for bundle in plan.bundles})
+        return report
+
+    def explain(self) -> None:
+        """Split everyone's time by stage where that was not done yet, in passes that nothing else is taken from."""
+        for run, worker in self._running():
+            for batch in run.batches:
+                if "stages" not in batch:
+                    self._progress(f"profiling {run.name}, batch {batch['batch_size']}", 0, 1)
+                    self._explain(run, worker, batch)
+
+    def _start(self, stack: ExitStack) -> None:
+        threads = self._plan.threads
+        for meter in self._meters:
+            stack.callback(meter.close)
+        described = Contender("machine", f"{CONTENDERS}:Machine", {"threads": threads})
+        self._machine = stack.enter_context(Worker(described, threads))
+        waiting = [run for run in self._runs if not run.entrant.unavailable]
+        with ThreadPoolExecutor(len(self._runs) if self._together else 1) as pool:
+            loading = [(run, pool.submit(Worker, run.entrant.contender, threads)) for run in waiting]
+            for i, (run, worker) in enumerate(loading):
+                self._progress(f"loading {run.name}", i, len(loading))
+                try:
+                    run.worker = stack.enter_context(worker.result())
+                except ContenderError as error:
+                    run.fail(f"does not load: {error}")
+                else:
+                    run.load_seconds = run.worker.load_seconds
+                    run.device = run.worker.call("device")
+                    self._check_model(run, run.worker)
+        self._gpu = self._start_gpu(stack) if any(run.device == "gpu" for run in self._runs) else None
+
+    def _start_gpu(self, stack: ExitStack) -> Worker | None:
+        try:
+            gpu = stack.enter_context(Worker(Contender("GPU", f"{CONTENDERS}:Gpu"), self._plan.threads))
+        except ContenderError as error:
+            self._no_gpu_best = f"the GPU's memory cannot be measured: {error}"
+            return None
+        self._best[_GPU_BEST] = []
+        return gpu
+
+    def _measure_best(self) -> None:
+        for name in _BEST:
+            self._best[name].append(self._machine.call(name))
+        if self._gpu is not None:
+            self._best[_GPU_BEST].append(self._gpu.call(_GPU_BEST))
+
+    def _prove(self, batch_size: int) -> None:
         """Compare everyone's first images, which are not counted, with those of the reference."""
         reference: Drawn | None = None
         running = sorted(self._running(), key=lambda pair: pair[0].entrant.precision != FP32)
@@ -147,55 +206,63 @@ class _Bench:
             if not found.passed:
                 run.fail(f"batch {batch_size}: {found.sentence}")
 
-    def time(self, batch_size: int) -> None:
+    def _time(self, batch_size: int, rounds: int, least_seconds: float) -> None:
         """Whole images of everyone in turn, with the machine's best measured in every round."""
-        samples: dict[str, dict[str, list[float]]] = {run.name: {} for run, _ in self._running()}
+        samples: dict[str, dict[str, list[float]]] = {run.name: {} for run, _ in self._timed()}
         joules: dict[str, dict[str, list[float]]] = {name: {} for name in samples}
-        for round_number in range(self._plan.rounds):
-            for name in _BEST:
-                self.best[name].append(self._machine.call(name))
-            for run, worker in self._running():
-                self._progress(f"timing {run.name}, batch {batch_size}", round_number, self._plan.rounds)
+        for round_number in range(rounds):
+            self._measure_best()
+            for run, worker in self._timed():
+                self._progress(f"timing {run.name}, batch {batch_size}", round_number, rounds)
                 sleep(_SETTLE_SECONDS)
-                before = [meter.joules() for meter in self.meters]
+                before = [meter.joules() for meter in self._meters]
                 try:
-                    drawn = worker.call("draw", batch_size, self._plan.seed)
+                    drawn = worker.call("draw", batch_size, self._plan.seed, least_seconds)
                 except ContenderError as error:
                     run.fail(f"batch {batch_size}: {error}")
                     continue
-                for meter, begin in zip(self.meters, before, strict=True):
-                    used = (meter.joules() - begin) / batch_size
+                images = batch_size * len(drawn.seconds["image"])
+                for meter, begin in zip(self._meters, before, strict=True):
+                    used = (meter.joules() - begin) / images
                     joules[run.name].setdefault(meter.source, []).append(used)
                 for stage, seconds in drawn.seconds.items():
                     samples[run.name].setdefault(stage, []).extend(seconds)
-        for run, worker in self._running():
+        for run, worker in self._timed():
             run.batches.append(_figures(batch_size, samples[run.name], joules[run.name]))
             run.batches[-1]["peak_rss_bytes"] = worker.peak_rss_bytes()
             run.batches[-1]["gpu_memory_bytes"] = energy.gpu_memory_bytes(worker.pid)
 
-    def explain(self) -> None:
-        """Split everyone's time by stage, in passes that nothing else is taken from."""
-        bandwidth = max(self.best["bytes_per_second"])
-        for run, worker in self._running():
-            for batch in run.batches:
-                batch_size = batch["batch_size"]
-                self._progress(f"profiling {run.name}, batch {batch_size}", 0, 1)
-                works = worker.call("traffic", batch_size)
-                batch["work"] = works
-                token = (works["trunk"]["bytes"] + works["head"]["bytes"]) / self._plan.bundles[0].spec.num_tokens
-                batch["bytes_per_token"] = round(token)
-                batch["fraction_of_bandwidth"] = token / bandwidth / batch["token"]["p50"]
-                try:
-                    split = worker.call("profile", batch_size, self._plan.seed)
-                except ContenderError as error:
-                    batch["stages"] = {"seconds": {}, "method": f"not split: {error}"}
-                    continue
-                batch["stages"] = split
-                if (split["overhead"] or 1) <= MAX_OVERHEAD:
-                    batch["roofline"] = _roofline(works, split["seconds"], bandwidth)
+    def _explain(self, run: _Run, worker: Worker, batch: dict[str, Any]) -> None:
+        """Where the time of a batch went, and what that was of the best that its device can do."""
+        try:
+            split = worker.call("profile", batch["batch_size"], self._plan.seed)
+        except ContenderError as error:
+            split = {"seconds": {}, "method": f"not split: {error}"}
+        tokens = split.pop("token_seconds", None)
+        if tokens:
+            batch["token"] = summarize(tokens)
+        batch["stages"] = split
+        batch |= {"work": {}, "bytes_per_token": None, "fraction_of_bandwidth": None}
+        try:
+            works = worker.call("traffic", batch["batch_size"])
+        except ContenderError as error:
+            split["method"] += f"; {error}"
+            return
+        token = (works["trunk"]["bytes"] + works["head"]["bytes"]) / self._plan.bundles[0].spec.num_tokens
+        batch |= {"work": works, "bytes_per_token": round(token)}
+        best = self._best.get(_GPU_BEST if run.device == "gpu" else _BEST[0])
+        if not best:
+            return
+        if "token" in batch:
+            batch["fraction_of_bandwidth"] = token / max(best) / batch["token"]["p50"]
+        if split["seconds"] and (split["overhead"] or 1) <= MAX_OVERHEAD:
+            batch["roofline"] = _roofline(works, split["seconds"], max(best))
 
     def _running(self) -> list[tuple[_Run, Worker]]:
-        return [(run, run.worker) for run in self.runs if run.worker is not None]
+        return [(run, run.worker) for run in self._runs if run.worker is not None]
+
+    def _timed(self) -> list[tuple[_Run, Worker]]:
+        return [(run, worker) for run, worker in self._running() if run.entrant.timed]
 
     def _check_model(self, run: _Run, worker: Worker) -> None:
         model = self._plan.bundles[0]
@@ -239,7 +306,7 @@ def _figures(batch_size: int, samples: dict[str, list[float]], joules: dict[str,
 def _roofline(
     works: dict[str, dict[str, int]], seconds: dict[str, float], bandwidth: float
 ) -> dict[str, dict[str, float]]:
-    """By stage: what it read and computed a second, and the fraction of the machine's bandwidth."""
+    """By stage: what it read and computed a second, and the fraction of the device's bandwidth."""
     return {
         stage: {
             "bytes_per_second": work["bytes"] / seconds[stage],

@@ -120,16 +120,21 @@ def _stages(rows: Sequence[Row]) -> Figure:
 def _roofline(report: Mapping[str, Any], rows: Sequence[Row], colours: Mapping[str, str]) -> Figure:
     figure = Figure(figsize=(_WIDTH, 5.2))
     axes = figure.add_subplot()
-    bandwidth = report["machine_best"]["bytes_per_second"]["max"]
-    peak = report["machine_best"]["flops_per_second"]["max"]
+    best = {name: figures["max"] for name, figures in report["machine_best"].items()}
+    bandwidth, peak, gpu = best["bytes_per_second"], best["flops_per_second"], best.get("gpu_bytes_per_second")
     points = [(name, stage, point) for _, name, batch in rows for stage, point in batch.get("roofline", {}).items()]
     intensities = [point["flops_per_byte"] for _, _, point in points]
     x = np.geomspace(min(intensities) / 2, max([*intensities, peak / bandwidth]) * 3, 200)
     axes.plot(x, np.minimum(x * bandwidth, peak) / 1e9, color="#333333", linewidth=1.4)
-    axes.annotate(f"memory, {bandwidth / 1e9:.0f} GB/s read", (x[0], x[0] * bandwidth / 1e9), xytext=(0, -14),
+    memory = "memory" if gpu is None else "the CPU's memory"
+    axes.annotate(f"{memory}, {bandwidth / 1e9:.0f} GB/s read", (x[0], x[0] * bandwidth / 1e9), xytext=(0, -14),
                   textcoords="offset points", fontsize=9)  # fmt: skip
     axes.annotate(f"fp32 matrix product, {peak / 1e9:,.0f} Gflop/s", (x[-1], peak / 1e9), xytext=(0, 6),
                   textcoords="offset points", ha="right", fontsize=9)  # fmt: skip
+    if gpu is not None:
+        axes.plot(x, x * gpu / 1e9, color="#333333", linewidth=1.4, linestyle="--")
+        axes.annotate(f"the GPU's memory, {gpu / 1e9:,.0f} GB/s copied", (x[0], x[0] * gpu / 1e9), xytext=(0, -14),
+                      textcoords="offset points", fontsize=9)  # fmt: skip
     for name, stage, point in points:
         axes.scatter(point["flops_per_byte"], point["flops_per_second"] / 1e9, marker=_MARKERS[stage], s=46,
                      color=colours[name], edgecolors="white", linewidths=0.6, zorder=3)  # fmt: skip
@@ -138,7 +143,8 @@ def _roofline(report: Mapping[str, Any], rows: Sequence[Row], colours: Mapping[s
     _plain(axes.xaxis, axes.yaxis)
     axes.set_xlabel("operations per byte that must be read")
     axes.set_ylabel("Gflop/s reached")
-    axes.set_title("Roofline by stage; integers may pass the fp32 roof", loc="left")
+    on_gpu = "" if gpu is None else "; the GPU's points lie under its dashed line"
+    axes.set_title(f"Roofline by stage; integers may pass the fp32 roof{on_gpu}", loc="left")
     line = matplotlib.lines.Line2D
     axes.set_ylim(bottom=min(axes.get_ylim()[0], x[0] * bandwidth / 2e9))
     shown = dict.fromkeys(name for name, _, _ in points)

@@ -18,6 +18,7 @@ from bar_edge.benchmarks.tables import compact, number
 from bar_edge.runtime.errors import RequestError
 
 _FIGURES = {"image": "image", "first_token": "first token", "decode": "decode"}
+_BEST = {"bytes_per_second": "it read memory", "gpu_bytes_per_second": "its GPU copied memory"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def movements(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[M
     for key, batch in _batches(after):
         if key not in old:
             continue
-        for figure in _FIGURES:
+        for figure in filter(lambda name: name in old[key] and name in batch, _FIGURES):
             a, b = old[key][figure], batch[figure]
             yield Movement(*key, figure, a["p50"], b["p50"], change(a["samples"], b["samples"]))
 
@@ -77,9 +78,11 @@ def remarks(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
         if differing:
             told = ", ".join(f"{key} {before[what][key]} then {after[what].get(key)}" for key in differing)
             found.append(f"{what} differ: {told}")
-    drift = change(*(report["machine_best"]["bytes_per_second"]["samples"] for report in (before, after)))
-    if drift is not None and drift.beyond_noise:
-        found.append(f"the machine itself moved: it read memory at {drift.ratio:.2f} × the speed of the first run")
+    for best, what in _BEST.items():
+        if best in before["machine_best"] and best in after["machine_best"]:
+            drift = change(*(report["machine_best"][best]["samples"] for report in (before, after)))
+            if drift is not None and drift.beyond_noise:
+                found.append(f"the machine itself moved: {what} at {drift.ratio:.2f} × the speed of the first run")
     timed = [{f"{name} at batch {size}" for (name, size), _ in _batches(report)} for report in (before, after)]
     for which, others, here in (("first", timed[1], timed[0]), ("second", timed[0], timed[1])):
         if only := sorted(here - others):

@@ -1,4 +1,4 @@
-"""Who takes part: the PyTorch reference, a bundle on an engine, and the machine itself.
+"""Who takes part: the PyTorch reference, a bundle on an engine, and the machine and its GPU themselves.
 
 Objects of these classes live in a process of their own (`measure.py`); everything they are asked for draws whole images
 of classes 0, 1, 2, … with seeded noise, so that all of them draw the same ones.
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bar_edge.benchmarks import profiles, traffic
+from bar_edge.benchmarks.profiles import SplitGenerator
 from bar_edge.runtime import selftest
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines import TokenProgress
-from bar_edge.runtime.generator import Generator
+from bar_edge.runtime.engines.cuda.device import CudaDevice
+from bar_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from bar_edge.runtime.noise import NoiseSource, SeededNoise
 from bar_edge.runtime.sampling import to_fine_grid, to_uint8
 from bar_edge.runtime.spec import ModelSpec, Recipe
@@ -30,8 +33,9 @@ Bits = NDArray[np.uint8]
 class Drawn:
     """One batch.
 
-    `seconds` are samples of image (the whole batch, per image: noise, prefix, tokens, decoder, pixels), first_token
-    (from the request on), token (between two), and decode (from the last token to pixels).
+    `seconds` are samples of image (the whole batch, per image: noise, prefix, tokens, decoder, pixels) and, from those
+    who tell the host of every token, of first_token (from the request on), token (between two) and decode (from the
+    last token to pixels). Bits and pixels are those drawn last.
     """
 
     bits: Bits  # [B, cells, token_size]
@@ -77,6 +81,7 @@ class PyTorch:
         self._spec = checkpoint.spec
         self._recipe = Recipe(recipe["guidance"], recipe["temperature"], tuple(recipe["allocation"]))
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._synchronize = torch.cuda.synchronize if self._device == "cuda" else None
         self._model = build_generator(checkpoint, kind).to(self._device)
         self._decoder = build_decoder(checkpoint, kind).to(self._device)
         self._traffic = traffic.of_modules(self._model, self._decoder, len(self._recipe.allocation))
@@ -86,8 +91,12 @@ class PyTorch:
         """Of the checkpoint."""
         return self._spec
 
-    def draw(self, images: int, seed: int) -> Drawn:
-        """Draw, decode and time one batch."""
+    def device(self) -> str:
+        """What it computes on: cpu or gpu."""
+        return "gpu" if self._device == "cuda" else "cpu"
+
+    def draw(self, images: int, seed: int, least_seconds: float = 0) -> Drawn:
+        """Draw, decode and time a batch, again and again until so many seconds have passed."""
 
         def draw(
             class_ids: NDArray[np.int64], noise: NoiseSource, progress: TokenProgress
@@ -95,7 +104,7 @@ class PyTorch:
             bits = self._sample(class_ids, noise, progress)
             return bits, to_uint8(self._decode(bits))
 
-        return _timed(draw, self._spec, images, seed, self._torch.cuda.synchronize if self._device == "cuda" else None)
+        return _timed(draw, self._spec, images, seed, least_seconds, self._synchronize)
 
     def judge(self, bits: Bits, seed: int) -> Judgement:
         """Repeat the decisions behind someone's `bits` [B, cells, token_size]."""
@@ -112,8 +121,9 @@ class PyTorch:
         class_ids, noise = _request(self._spec, images, seed)
         owner = self._sampler(images) if self._compiled else self._model
         split = profiles.split_pytorch(
-            owner, self._sample, self._decode, self._spec, self._recipe, class_ids, noise, compiled=self._compiled
-        )
+            owner, self._sample, self._decode, self._spec, self._recipe, class_ids, noise, compiled=self._compiled,
+            synchronize=self._synchronize,
+        )  # fmt: skip
         return asdict(split)
 
     def traffic(self, images: int) -> dict[str, Any]:
@@ -151,7 +161,7 @@ class OnEngine:
 
     def __init__(self, *, bundle: str, engine: str, threads: int) -> None:
         self._bundle, self._threads = Bundle.open(bundle), threads
-        self._bar: Generator | None = Generator(self._bundle, engine=engine, threads=threads)
+        self._bar: SplitGenerator | None = SplitGenerator(self._bundle, engine=engine, threads=threads)
         self._engine = engine
         self._traffic = traffic.of_bundle(self._bundle)
 
@@ -159,8 +169,12 @@ class OnEngine:
         """The bundle's own record of what the reference drew (`selftest.SelfTest` as a dict)."""
         return selftest.run(self._running()).to_dict()
 
-    def draw(self, images: int, seed: int) -> Drawn:
-        """Draw, decode and time one batch."""
+    def device(self) -> str:
+        """What it computes on: cpu or gpu."""
+        return "cpu" if self._engine == OnnxRuntimeEngine.name else "gpu"
+
+    def draw(self, images: int, seed: int, least_seconds: float = 0) -> Drawn:
+        """Draw, decode and time a batch, again and again until so many seconds have passed."""
         bar = self._running()
 
         def draw(
@@ -169,22 +183,24 @@ class OnEngine:
             bits, pictures = bar.draw(class_ids, self._bundle.recipe, noise, progress)
             return bits, np.stack([np.asarray(picture) for picture in pictures])
 
-        return _timed(draw, self._bundle.spec, images, seed)
+        return _timed(draw, self._bundle.spec, images, seed, least_seconds)
 
     def profile(self, images: int, seed: int) -> dict[str, Any]:
-        """Where the time of one image goes. The engine is closed first: this is the last thing to ask for."""
+        """Where the time of one image goes. On ONNX Runtime the last thing to ask for: the engine is closed first."""
+        class_ids, noise = _request(self._bundle.spec, images, seed)
+        if self.device() == "gpu":
+            return asdict(self._running().split(class_ids, noise))
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        class_ids, noise = _request(self._bundle.spec, images, seed)
-        return asdict(profiles.split_bundle(self._bundle, self._engine, self._threads, class_ids, noise))
+        return asdict(profiles.split_onnxruntime(self._bundle, self._threads, class_ids, noise))
 
     def traffic(self, images: int) -> dict[str, Any]:
         """Least bytes and operations of a batch, by stage."""
         works = self._traffic.of_batch(self._bundle.spec, self._bundle.recipe, images)
         return {name: asdict(work) for name, work in works.items()}
 
-    def _running(self) -> Generator:
+    def _running(self) -> SplitGenerator:
         assert self._bar is not None, "timed after it was profiled"
         return self._bar
 
@@ -210,6 +226,27 @@ class Machine:
         return 2 * len(self._matrix) ** 3 / (time.perf_counter() - begin)
 
 
+class Gpu:
+    """What the first GPU can do at best: copy its own memory."""
+
+    def __init__(self, *, mebibytes: int = 512, copies: int = 20) -> None:
+        """Two buffers of a size far beyond any cache. Raises EngineError, MemoryError."""
+        self._device, self._size, self._copies = CudaDevice(), mebibytes * 2**20, copies
+        with self._device.current():
+            self._source, self._target = (self._device.allocate(self._size) for _ in range(2))
+
+    def gpu_bytes_per_second(self) -> float:
+        """Bytes read plus bytes written, by the median of some copies."""
+        device = self._device
+        with device.current():
+            marks = [device.record()]
+            for _ in range(self._copies):
+                device.copy(self._target, self._source, self._size)
+                marks.append(device.record())
+            seconds = np.median([device.seconds(*pair) for pair in pairwise(marks)])
+        return 2 * self._size / float(seconds)
+
+
 def _request(spec: ModelSpec, images: int, seed: int) -> tuple[NDArray[np.int64], SeededNoise]:
     return np.arange(images) % spec.num_classes, SeededNoise(seed, range(images))
 
@@ -219,23 +256,27 @@ def _timed(
     spec: ModelSpec,
     images: int,
     seed: int,
+    least_seconds: float,
     synchronize: Callable[[], None] | None = None,
 ) -> Drawn:
     class_ids, noise = _request(spec, images, seed)
-    stamps: list[float] = []
+    samples: dict[str, list[float]] = {}
+    started = time.perf_counter()
+    while True:
+        stamps: list[float] = []
 
-    def stamp(done: int, total: int) -> None:
-        if synchronize is not None:
-            synchronize()
-        stamps.append(time.perf_counter())
+        def stamp(done: int, total: int, stamps: list[float] = stamps) -> None:
+            if synchronize is not None:
+                synchronize()
+            stamps.append(time.perf_counter())
 
-    begin = time.perf_counter()
-    bits, pixels = draw(class_ids, noise, stamp)
-    end = time.perf_counter()
-    seconds = {
-        "image": [(end - begin) / images],
-        "first_token": [stamps[0] - begin],
-        "token": np.diff(stamps).tolist(),
-        "decode": [end - stamps[-1]],
-    }
-    return Drawn(bits, pixels, seconds)
+        begin = time.perf_counter()
+        bits, pixels = draw(class_ids, noise, stamp)
+        end = time.perf_counter()
+        samples.setdefault("image", []).append((end - begin) / images)
+        if len(stamps) == spec.num_tokens:  # on a GPU of ours the host hears of the last token only
+            samples.setdefault("first_token", []).append(stamps[0] - begin)
+            samples.setdefault("token", []).extend(np.diff(stamps).tolist())
+            samples.setdefault("decode", []).append(end - stamps[-1])
+        if end - started >= least_seconds:
+            return Drawn(bits, pixels, samples)

@@ -116,7 +116,7 @@ class Tegrastats:
 
 def gpu_memory_bytes(pid: int) -> int | None:
     """Memory a process holds on NVIDIA GPUs; None where NVML does not tell."""
-    library = _load_nvml()
+    library = load_nvml()
     if library is None:
         return None
     used = None
@@ -142,7 +142,7 @@ def _rapl(powercap: Path) -> tuple[list[Meter], str]:
 
 
 def _nvml() -> tuple[list[Meter], str]:
-    library = _load_nvml()
+    library = load_nvml()
     if library is None:
         return [], "NVML: no NVIDIA driver, or nvidia-ml-py is not installed"
     try:
@@ -156,7 +156,8 @@ def _tegrastats() -> tuple[list[Meter], str]:
     return ([Tegrastats(tool)], "") if tool else ([], "tegrastats: not a Jetson")
 
 
-def _load_nvml() -> Any:
+def load_nvml() -> Any:
+    """NVIDIA's management library, started; None where there is no driver or no nvidia-ml-py."""
     try:
         import pynvml
     except ImportError:

@@ -1,20 +1,38 @@
-"""Does it work on this GPU, and how fast is it? One command, one JSON.
+"""Does it work on this GPU, and how fast is it? One command, one JSON, within a budget of 8 minutes.
 
     python -m bar_edge.benchmarks.gpu_acceptance -o acceptance.json
 
-From the root of a checkout with its test dependencies, on a machine with an NVIDIA GPU and a PyTorch that runs on it;
-nothing is downloaded. Parts: which engines work here and why the others do not; the tests of our kernels, which run on
-the GPU as well where there is one; the demo, led along what ONNX Runtime draws; random weights in published shapes,
-timed by `bench` beside PyTorch on the GPU. What fails is in the report with its reason, and the other parts go on.
+From the root of a checkout, on a machine with an NVIDIA GPU and a PyTorch that runs on it; nothing is downloaded. It
+imports numpy, pillow, torch, onnx, onnxruntime, safetensors, packaging, pyyaml, ml_dtypes, rich, typer, cuda-bindings
+(with NVRTC), nvidia-ml-py for GPU memory and energy, and pytest for the kernels' tests; torch.compile needs triton and
+a C compiler. Where bar-edge is not installed, a link and what setuptools (77 or newer) writes about a package will do:
 
-Not yet run on a GPU.
+    mkdir site && ln -s "$PWD" site/bar_edge
+    python -c "import setuptools; setuptools.setup()" -q egg_info --egg-base site
+    PYTHONPATH=site python -m bar_edge.benchmarks.gpu_acceptance -o acceptance.json
+
+Parts, in order: which engines work here and why the others do not; the tests of our kernels that run on a GPU; the demo
+as it is and quantized, led along what ONNX Runtime draws; random weights in published shapes, fp16 and with 8-bit
+weights, timed by `bench` beside PyTorch on the GPU, alone and in growing batches; then beside compiled PyTorch. What
+fails is in the report with its reason, and the other parts go on. A part for which too little of the budget is left is
+in the report as not run. The report is written anew, whole, after every part.
+
+It takes about 20 GB of memory and 30 GB under TMPDIR. Not yet run on a GPU.
 """
 
+import importlib.util
+import multiprocessing
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,10 +40,14 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from bar_edge.benchmarks import bench
+from bar_edge.benchmarks import tables
+from bar_edge.benchmarks.bench import Bench
+from bar_edge.benchmarks.eight_bit import eight_bit
 from bar_edge.benchmarks.measure import Report, save, stamp
 from bar_edge.benchmarks.plan import Baseline, Plan
 from bar_edge.benchmarks.random_checkpoint import random_generator, random_tokenizer, write_checkpoint
+from bar_edge.calibration.quantizer import PRECISIONS, quantize_bundle
+from bar_edge.calibration.trajectories import collect, make_plan
 from bar_edge.export import demo
 from bar_edge.export.compile import compile_bundle
 from bar_edge.export.exporter import export_bundle
@@ -38,94 +60,263 @@ from bar_edge.runtime.generator import Generator
 from bar_edge.runtime.noise import SeededNoise
 from bar_edge.runtime.spec import VARIANTS
 
-_KERNEL_TESTS = "tests/runtime/engines/cuda"
-_DEMO_IMAGES = 16
-_FORMS = ("fp32", "tf32", "bf16", "compiled-bf16")
-_VARIANTS = ("bar_b", "bar_b_patch4")
+_KERNEL_TESTS = ("-q", "tests/runtime/engines/cuda", "-k", "gpu", "-p", "no:cacheprovider")
+_TOLD_LINES = 20  # of the tests' output: what failed, and why tests were skipped
+_DEMO_IMAGES, _DEMO_CALIBRATION = 16, 8
+_EAGER, _COMPILED = ("fp32", "tf32", "bf16"), ("fp32", "compiled-bf16")  # fp32 proves the others and is not timed
+_ROUNDS, _FEWER_ROUNDS = 5, 2  # of single images, and of larger batches
+_LEAST_SECONDS = 1.0  # that everyone draws in a round: NVML counts energy in steps of about a tenth
+# What a part is reckoned to take at most on an H200 with 16 cores, not measured yet: it is not begun if less is left.
+# Eager PyTorch launches about 1,000 kernels a token whatever the batch, 3 to 5 s for BAR-B; compiling takes a minute.
+_SECONDS = {"kernels": 60, "demo": 40, "bundles": 90}
+_EAGER_SECONDS = {"bar_b": (120, 65), "bar_b_patch4": (60, 20)}  # batch 1, processes included; a larger batch
+_COMPILED_SECONDS = {"bar_b": 110, "bar_b_patch4": 90}
 
 
-def accept(folder: Path, console: Console, *, batches: tuple[int, ...], rounds: int) -> Report:
-    """All parts, with what they make in `folder`. Raises EngineError where there is no GPU."""
-    sm = host_sm()
-    if sm is None:
-        raise EngineError("no NVIDIA GPU answers here, so there is nothing to accept; see `bar-edge doctor`")
-    found = map(engines.status, engines.NAMES)
-    states = {state.name: {"usable": state.usable, "detail": state.detail} for state in found}
-    console.print(states)
-    report: Report = {"sm": sm, "driver": driver_version(), "engines": states, "kernels": _kernels()}
-    with demo.data() as data:
-        exact = export_bundle(data / "generator.bin", data / "tokenizer.bin", data / "config.yaml", folder / "demo")
-    report["demo"] = {name: _judged(exact, made) for name, made in _compiled(exact, folder, sm)}
-    console.print(report["demo"])
-    for name in _VARIANTS:
-        known, source = VARIANTS[name], folder / f"{name}-checkpoint"
-        write_checkpoint(source, known.spec, known.recipe, random_generator(known.spec), random_tokenizer(known.spec))
-        files = (source / "generator.bin", source / "tokenizer.bin", source / "config.yaml")
-        exact = export_bundle(files[0], files[1], files[2], folder / name)
-        made = [bundle for _, bundle in _compiled(exact, folder, sm) if isinstance(bundle, Bundle)]
-        if not made:
-            report[name] = {"failed": "no GPU engine is usable here"}
-            continue
-        plan = Plan.of(
-            made, baseline=Baseline(*files, forms=_FORMS), engines=(), batch_sizes=batches, rounds=rounds, warmup=1,
-            threads=0, seed=0, command="benchmarks.gpu_acceptance",
-        )  # fmt: skip
-        report[name], _ = bench.run(plan, lambda what, done, total: console.print(what, highlight=False))
-    return report
+@dataclass(frozen=True)
+class Made:
+    """A variant with random weights: its checkpoint, its bundles for the engines here, and which could not be made."""
+
+    checkpoint: tuple[Path, Path, Path]
+    bundles: tuple[Bundle, ...]
+    refused: Mapping[str, str]
 
 
-def _kernels() -> dict[str, Any]:
-    """The kernels' own tests; on a machine with a GPU they run there, too."""
-    command = [sys.executable, "-m", "pytest", "-q", _KERNEL_TESTS]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return {"passed": done.returncode == 0, "summary": done.stdout.strip().splitlines()[-1:], "command": command[1:]}
+class Acceptance:
+    """The report on its way: parts, a budget for them, and a file that always has what there is."""
+
+    def __init__(self, output: Path, console: Console, *, budget: float, command: str) -> None:
+        """`budget` in seconds, from now on."""
+        self._output, self._console, self._budget, self._begin = output, console, budget, time.monotonic()
+        self.report: Report = {
+            **stamp(command), "commit": _commit(), "sm": host_sm(), "driver_cuda": driver_version(),
+            "budget_seconds": budget, "parts": {},
+        }  # fmt: skip
+
+    def tell(self, what: str, done: int, total: int) -> None:
+        """What comes next within a part."""
+        self._console.print(f"  {what}", highlight=False)
+
+    def part(self, name: str, seconds: float, work: Callable[[], Any], *, key: str | None = None) -> Any:
+        """Do one part, which takes so many seconds, and keep what it gives under its key; None if it gave nothing."""
+        begin, found = time.monotonic(), None
+        left = self._begin + self._budget - begin
+        if left < seconds:
+            outcome = f"not run: out of time, it takes up to {seconds:.0f} s and {max(left, 0):.0f} s were left"
+        else:
+            self._console.print(f"{name} …", highlight=False)
+            try:
+                found = work()
+            except Exception as error:  # whatever it is: the GPU may be had for this hour only
+                outcome = f"failed: {type(error).__name__}: {error}"
+            else:
+                outcome = "done"
+                self.report[key or name] = found
+        self.report["parts"][name] = {"outcome": outcome, "seconds": round(time.monotonic() - begin, 1)}
+        self._console.print(f"{name}: {outcome}", highlight=False)
+        save(self.report, self._output)
+        return found
 
 
-def _compiled(source: Bundle, folder: Path, sm: int) -> Iterator[tuple[str, Bundle | str]]:
-    """The bundle for every GPU engine that is usable here, or why it could not be made."""
+def accept(acceptance: Acceptance, folder: Path, variants: Sequence[str], batches: Sequence[int]) -> None:
+    """All parts, with what they make in `folder`."""
+    acceptance.part("engines", 0, _engines)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(variants), mp_context=spawn) as pool:  # while the GPU is not timed
+        making = {name: pool.submit(make, name, folder / name) for name in variants}
+        acceptance.part("kernels", _SECONDS["kernels"], _kernels)
+        acceptance.part("demo", _SECONDS["demo"], lambda: _demo(folder))
+        made = {name: _made(acceptance, name, future) for name, future in making.items()}
+    for name, one in made.items():
+        _time(acceptance, name, one, _EAGER, batches, _EAGER_SECONDS[name])
+    for name, one in made.items():
+        seconds = _COMPILED_SECONDS[name]
+        _time(acceptance, f"{name}, compiled PyTorch", one, _COMPILED, (1,), (seconds, seconds))
+
+
+def make(name: str, folder: Path) -> Made:
+    """Random weights of a variant, exported, 8-bit weights as well, and compiled for the engines that work here."""
+    known = VARIANTS[name]
+    checkpoint = folder / "checkpoint"
+    write_checkpoint(checkpoint, known.spec, known.recipe, random_generator(known.spec), random_tokenizer(known.spec))
+    files = (checkpoint / "generator.bin", checkpoint / "tokenizer.bin", checkpoint / "config.yaml")
+    exact = export_bundle(*files, folder / f"{name}-fp16")
+    bundles, refused = [], {}
+    for source in (exact, eight_bit(exact, folder / f"{name}-int8-weight")):
+        for engine, found in compiled(source):
+            if isinstance(found, Bundle):
+                bundles.append(found)
+            else:
+                refused[f"{source.path.name}, {engine}"] = found
+        shutil.rmtree(source.path)  # gigabytes, and ONNX Runtime is not timed here
+    return Made(files, tuple(bundles), refused)
+
+
+def compiled(source: Bundle) -> Iterator[tuple[str, Bundle | str]]:
+    """The bundle for every GPU engine that is usable here, beside its source, or why it could not be made."""
     makers = {
         "cuda": lambda output: prepack_bundle(source, output),
-        "tensorrt": lambda output: compile_bundle(source, output, target="host", host_sm=sm),
+        "tensorrt": lambda output: compile_bundle(source, output, target="host", host_sm=host_sm()),
     }
-    for name, make in makers.items():
+    for name, maker in makers.items():
         if engines.status(name).usable:
             try:
-                yield name, make(folder / f"{source.path.name}-{name}")
+                yield name, maker(source.path.with_name(f"{source.path.name}-{name}"))
             except BarEdgeError as error:
                 yield name, str(error)
 
 
-def _judged(exact: Bundle, made: Bundle | str) -> dict[str, Any]:
+def judged(source: Bundle, made: Bundle | str) -> dict[str, Any]:
     """The self-test, and decisions beside those of ONNX Runtime from the same past with the same noise."""
     if isinstance(made, str):
         return {"failed": made}
-    classes, noise = np.arange(_DEMO_IMAGES) % exact.spec.num_classes, SeededNoise(3, range(_DEMO_IMAGES))
+    classes, noise = np.arange(_DEMO_IMAGES) % source.spec.num_classes, SeededNoise(3, range(_DEMO_IMAGES))
     try:
-        with Generator(exact, engine="onnxruntime") as reference, Generator(made) as ours:
-            bits = reference.sample(classes, exact.recipe, noise)
-            led = ours.sample(classes, exact.recipe, noise, history=bits)
-            again = ours.sample(classes, exact.recipe, noise)
-            alone = ours.sample(classes[:1], exact.recipe, noise.part(0, 1))
+        with Generator(source, engine="onnxruntime") as reference, Generator(made) as ours:
+            bits = reference.sample(classes, source.recipe, noise)
+            led = ours.sample(classes, source.recipe, noise, history=bits)
+            drawn, again = (ours.sample(classes, source.recipe, noise) for _ in range(2))
+            alone = ours.sample(classes[:1], source.recipe, noise.part(0, 1))
             return {
                 "self_test": selftest.run(ours).to_dict(),
-                "decisions_differing": float((led != bits).mean()),
-                "same_bits_in_any_batch": bool((again[:1] == alone).all()),
+                "decisions": bits.size,
+                "decisions_differing": int((led != bits).sum()),
+                "same_bits_again": bool((again == drawn).all()),
+                "same_bits_in_any_batch": bool((drawn[:1] == alone).all()),
             }
     except BarEdgeError as error:
         return {"failed": str(error)}
 
 
+def summary(report: Report) -> Iterator[Any]:
+    """What was found, as tables."""
+    parts = tables.plain("parts", "part", "outcome", "s")
+    for name, part in report["parts"].items():
+        parts.add_row(name, part["outcome"], f"{part['seconds']:.0f}")
+    yield parts
+    found = tables.plain("the demo beside ONNX Runtime", "bundle", "engine", "decisions differing", "self-test")
+    for name, made in report.get("demo", {}).items():
+        for engine, verdict in made.items():
+            if "failed" in verdict:
+                found.add_row(name, engine, "failed", verdict["failed"])
+            else:
+                differing = f"{verdict['decisions_differing']:,} of {verdict['decisions']:,}"
+                found.add_row(name, engine, differing, verdict["self_test"]["sentence"])
+    yield found
+    for measured in report.values():
+        if isinstance(measured, dict) and "contenders" in measured:
+            yield from tables.tables(measured)
+
+
+def _engines() -> dict[str, Any]:
+    """Every engine, and whether it works here or why not."""
+    states = map(engines.status, engines.NAMES)
+    return {state.name: {"usable": state.usable, "detail": state.detail} for state in states}
+
+
+def _kernels() -> dict[str, Any]:
+    """The kernels' own tests, those of them that run on the GPU; the others run in continuous integration."""
+    if importlib.util.find_spec("pytest") is None:
+        raise EngineError("pytest is not installed; the kernels' tests need it")
+    command = [sys.executable, "-m", "pytest", *_KERNEL_TESTS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    told = (done.stdout + done.stderr).strip().splitlines()[-_TOLD_LINES:]
+    return {"passed": done.returncode == 0, "summary": told, "command": shlex.join(command[1:])}
+
+
+def _demo(folder: Path) -> dict[str, dict[str, Any]]:
+    """The demo's bundle and its quantized forms on every engine."""
+    with demo.data() as data:
+        exact = export_bundle(data / "generator.bin", data / "tokenizer.bin", data / "config.yaml", folder / "demo")
+    sources: dict[str, Bundle | str] = {"fp32": exact}
+    plan = make_plan(exact.spec, images=_DEMO_CALIBRATION, seed=1000, batch_size=_DEMO_CALIBRATION)
+    calibration = collect(exact, plan)
+    for precision in PRECISIONS:
+        try:
+            output = folder / f"demo-{precision}"
+            sources[precision] = quantize_bundle(exact, calibration, output, precision=precision, measure=False)
+        except BarEdgeError as error:
+            sources[precision] = str(error)
+    return {
+        name: {"quantize": {"failed": source}}
+        if isinstance(source, str)
+        else {engine: judged(source, made) for engine, made in compiled(source)}
+        for name, source in sources.items()
+    }
+
+
+def _made(acceptance: Acceptance, name: str, future: "Future[Made]") -> Made | None:
+    """Wait for a variant; the report says what of it could not be made."""
+    kept: list[Made] = []
+
+    def wait() -> dict[str, Any]:
+        kept.append(future.result())
+        return {"bundles": [bundle.path.name for bundle in kept[0].bundles], "refused": dict(kept[0].refused)}
+
+    acceptance.part(f"{name}, bundles", _SECONDS["bundles"], wait)
+    return kept[0] if kept else None
+
+
+def _time(
+    acceptance: Acceptance,
+    name: str,
+    made: Made | None,
+    forms: tuple[str, ...],
+    batches: Sequence[int],
+    seconds: tuple[float, float],
+) -> None:
+    """A bench of a variant's bundles beside forms of PyTorch, a part for every batch size."""
+    with ExitStack() as stack:
+        running: list[Bench] = []
+
+        def start() -> Bench:
+            if made is None or not made.bundles:
+                raise EngineError("there is no bundle of it for an engine that works here")
+            plan = Plan.of(
+                made.bundles, baseline=Baseline(*made.checkpoint, forms=forms, reference_timed=False), engines=(),
+                batch_sizes=batches, rounds=_ROUNDS, warmup=1, threads=0, seed=0, command=acceptance.report["command"],
+            )  # fmt: skip
+            return stack.enter_context(Bench(plan, acceptance.tell, load_together=True))
+
+        def measure(batch_size: int) -> Report:
+            if not running:
+                running.append(start())
+            running[0].measure(batch_size, _ROUNDS if batch_size == 1 else _FEWER_ROUNDS, _LEAST_SECONDS)
+            running[0].explain()
+            return running[0].report()
+
+        for i, batch_size in enumerate(sorted(set(batches))):
+            part, work = f"{name}, batch {batch_size}", partial(measure, batch_size)
+            acceptance.part(part, seconds[min(i, 1)], work, key=name)
+
+
+def _commit() -> dict[str, Any] | None:
+    """The commit of the tree and whether it was changed since; None where git does not answer."""
+
+    def ask(*question: str) -> str:
+        return subprocess.run(["git", *question], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"hash": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def main(
     output: Annotated[Path, typer.Option("-o", "--output", help="JSON to write.")],
     batches: Annotated[list[int], typer.Option("--batch", min=1)] = [1, 8, 64],  # noqa: B006
-    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    minutes: Annotated[float, typer.Option(help="Parts that would end later are not begun.")] = 8,
 ) -> None:
     """Run everything and write the report."""
+    if host_sm() is None:
+        raise EngineError(f"no NVIDIA GPU answers here, so there is nothing to accept: {engines.status('cuda').detail}")
     console = Console()
-    with tempfile.TemporaryDirectory() as folder:
-        report = accept(Path(folder), console, batches=tuple(batches), rounds=rounds)
     command = f"python -m bar_edge.benchmarks.gpu_acceptance {shlex.join(sys.argv[1:])}"
-    save({**stamp(command), **report}, output)
+    acceptance = Acceptance(output, console, budget=60 * minutes, command=command)
+    with tempfile.TemporaryDirectory() as folder:
+        accept(acceptance, Path(folder), tuple(_EAGER_SECONDS), batches)
+    for table in summary(acceptance.report):
+        console.print(table)
 
 
 if __name__ == "__main__":

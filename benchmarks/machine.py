@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bar_edge.benchmarks.energy import load_nvml
+
 _CPUINFO = Path("/proc/cpuinfo")
 _CPUS = Path("/sys/devices/system/cpu")
 _THERMAL = Path("/sys/class/thermal")
@@ -23,7 +25,7 @@ _TOOL_SECONDS = 10
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores this process may use, instructions that matter here, system, Python, and a board's name."""
+    """Processor, cores this process may use, instructions that matter here, system, Python, a board's name, GPUs."""
     lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "").split()
@@ -36,7 +38,23 @@ def machine() -> dict[str, Any]:
     }
     if _BOARD.exists():
         facts["board"] = _BOARD.read_text().rstrip("\0")
-    return facts
+    return facts | _gpus()
+
+
+def _gpus() -> dict[str, Any]:
+    """`gpus`, by name and memory, and `gpu_driver`; nothing where NVML does not tell."""
+    library = load_nvml()
+    if library is None:
+        return {}
+    try:
+        devices = [library.nvmlDeviceGetHandleByIndex(index) for index in range(library.nvmlDeviceGetCount())]
+        names = [
+            f"{library.nvmlDeviceGetName(device)}, {library.nvmlDeviceGetMemoryInfo(device).total / 2**30:.1f} GiB"
+            for device in devices
+        ]
+        return {"gpus": names, "gpu_driver": library.nvmlSystemGetDriverVersion()} if names else {}
+    except library.NVMLError:  # a Jetson's GPU tells little
+        return {}
 
 
 def versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from bar_edge.benchmarks.machine import machine, versions
 
 Report = dict[str, Any]
 _END_SECONDS = 3
+_starting = threading.Lock()  # processes inherit the environment, which is one for all threads
 
 
 class ContenderError(Exception):
@@ -47,7 +49,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._pipe, remote = context.Pipe()
         self._process = context.Process(target=_serve, args=(remote,), daemon=True)
-        with _thread_limits(threads):
+        with _starting, _thread_limits(threads):
             self._process.start()
         remote.close()
         begin = time.perf_counter()

@@ -32,6 +32,7 @@ def page(
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["ms"] = lambda seconds: tables.number(seconds * 1e3)
     environment.filters["percent"] = tables.percent
+    environment.filters["mebibytes"] = tables.mebibytes
     template = environment.from_string(files("bar_edge.benchmarks").joinpath(_TEMPLATE).read_text(encoding="utf-8"))
     batches = [batch for entry in report["contenders"] for batch in entry.get("batches", ())]
     return template.render(

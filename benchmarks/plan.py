@@ -12,7 +12,7 @@ from bar_edge.runtime.engines.onnxruntime import cpu_count
 from bar_edge.runtime.errors import RequestError
 
 FP32 = "fp32"
-_CONTENDERS = "bar_edge.benchmarks.contenders"
+CONTENDERS = "bar_edge.benchmarks.contenders"
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Baseline:
     tokenizer: Path
     config: Path | None
     forms: tuple[str, ...] = DEFAULT_FORMS
+    reference_timed: bool = True  # or fp32 draws only what the others are proven by
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Entrant:
     precision: str
     graphs: Mapping[str, str] = field(default_factory=dict)  # graph -> precision, of bundles
     unavailable: str = ""
+    timed: bool = True
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,13 @@ class Plan:
             "threads": self.threads, "dtype": form.dtype, "compiled": form.compiled,
             "tf32": form.tf32,
         }  # fmt: skip
-        return Entrant(Contender(form.name, f"{_CONTENDERS}:PyTorch", arguments), "pytorch", form.precision)
+        contender = Contender(form.name, f"{CONTENDERS}:PyTorch", arguments)
+        timed = baseline.reference_timed or form != FORMS[FP32]
+        return Entrant(contender, "pytorch", form.precision, timed=timed)
 
     def _bundle(self, bundle: Bundle, engine: str, unavailable: str) -> Entrant:
         arguments = {"bundle": str(bundle.path), "engine": engine, "threads": self.threads}
-        contender = Contender(f"{name_of(bundle)}, {engine}", f"{_CONTENDERS}:OnEngine", arguments)
+        contender = Contender(f"{name_of(bundle)}, {engine}", f"{CONTENDERS}:OnEngine", arguments)
         precision = _precision(bundle, engine)
         graphs = {graph: str(entry["precision"]) for graph, entry in bundle.manifest["graphs"].items()}
         return Entrant(contender, "bundle", precision, graphs, unavailable)

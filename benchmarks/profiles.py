@@ -1,9 +1,10 @@
 """Where the time of an image goes: prefix, trunk, head passes, sampling, decoder, host.
 
 Measured in a pass of its own, because looking costs time: the wall time of that pass is told beside the split, and no
-other figure comes from it. ONNX Runtime runs trunk, head and sampling as one graph, so the split adds up the kernel
-times of its profiler by what each node computes; PyTorch is split by timers around its modules. The host's part is
-what remains: noise, buffers, dispatch, and the profiler itself.
+other figure comes from it but the time of a token on a GPU. ONNX Runtime runs trunk, head and sampling as one graph, so
+the split adds up the kernel times of its profiler by what each node computes; a GPU of ours is asked by events around
+the parts of the loop; PyTorch is split by timers around its modules. The host's part is what remains: noise, buffers,
+dispatch, and the profiler itself.
 """
 
 import json
@@ -20,8 +21,11 @@ from numpy.typing import NDArray
 
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines import Batch
+from bar_edge.runtime.engines.cuda.gpu_engine import GpuEngine
+from bar_edge.runtime.engines.cuda.timeline import Timeline
 from bar_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from bar_edge.runtime.errors import BarEdgeError
+from bar_edge.runtime.errors import EngineError
+from bar_edge.runtime.generator import Generator
 from bar_edge.runtime.noise import NoiseSource, RecordedNoise, SeededNoise
 from bar_edge.runtime.sampling import to_fine_grid, to_uint8
 from bar_edge.runtime.spec import ModelSpec, Recipe
@@ -44,14 +48,44 @@ class StageSplit:
     wall_seconds: float
     method: str
     overhead: float | None = None  # wall time over that of an unprofiled batch just before; None: timers only
+    token_seconds: list[float] | None = None  # of every token, where only the device knows
 
 
-def split_bundle(
-    bundle: Bundle, engine: str, threads: int, class_ids: NDArray[np.int64], noise: SeededNoise
-) -> StageSplit:
-    """Split one batch of a bundle. Raises BarEdgeError for an engine that does not tell its kernels apart."""
-    if engine != OnnxRuntimeEngine.name:
-        raise BarEdgeError(f"engine {engine} does not tell its stages apart")
+class SplitGenerator(Generator):
+    """A generator that tells where a batch's time goes, if its engine runs on a GPU."""
+
+    def split(self, class_ids: NDArray[np.int64], noise: SeededNoise) -> StageSplit:
+        """Split one batch. Raises EngineError on an engine without a timeline."""
+        engine = self._running()
+        if not isinstance(engine, GpuEngine):
+            raise EngineError(f"engine {engine.name} does not tell its stages apart")
+        batch = self._batch(class_ids, self.bundle.recipe, noise)
+
+        def seconds_of(timeline: Timeline | None) -> float:
+            begin = time.perf_counter()
+            to_uint8(engine.draw(batch, timeline=timeline)[1])
+            return time.perf_counter() - begin
+
+        with self._lock:
+            for timeline in (None, Timeline(engine.device)):
+                seconds_of(timeline)  # what is captured once is captured
+            unsplit = seconds_of(None)
+            timeline = Timeline(engine.device)
+            wall = seconds_of(timeline)
+            spans = timeline.seconds()
+        seconds = {stage: sum(of_stage) for stage, of_stage in spans.items()}
+        seconds["host"] = wall - sum(seconds.values())
+        tokens = np.add(spans["trunk"], spans["head"]).reshape(-1, self.spec.num_tokens).sum(axis=0)
+        method = (
+            "CUDA events around what each part puts into the stream, a token as two graphs; the trunk's includes the "
+            "head's modulation, the head's sampling, the prefix's all other modulation; the host's part is the wall "
+            "time that lies in none"
+        )
+        return StageSplit(seconds, wall, method, wall / unsplit, tokens.tolist())
+
+
+def split_onnxruntime(bundle: Bundle, threads: int, class_ids: NDArray[np.int64], noise: SeededNoise) -> StageSplit:
+    """Split one batch of a bundle on ONNX Runtime."""
     unprofiled = _unprofiled_seconds(bundle, threads, class_ids, noise)
     with tempfile.TemporaryDirectory() as folder:
         profiled = _ProfiledEngine(bundle, threads, Path(folder))
@@ -96,8 +130,12 @@ def split_pytorch(
     noise: SeededNoise,
     *,
     compiled: bool,
+    synchronize: Callable[[], None] | None,
 ) -> StageSplit:
-    """Split one batch of the reference. `owner` is the generator, or the sampler with the compiled functions."""
+    """Split one batch of the reference. `owner` is the generator, or the sampler with the compiled functions.
+
+    `synchronize` waits for the GPU that it runs on.
+    """
     if compiled:
         sample(class_ids, noise, None)  # compiles
         parts = ((owner, "prefix", "prefix"), (owner, "trunk", "trunk"), (owner, "head", "head"))
@@ -107,10 +145,12 @@ def split_pytorch(
             (owner, "prefix_latents", "prefix"), (owner, "token_latents", "trunk"), (owner.lm_head, "forward", "head"),
         )  # fmt: skip
         method = "timers around modules; sampling is the rest of the token loop"
+    if synchronize is not None:
+        method += "; the GPU is waited for after each"
     begin = time.perf_counter()
     recorded = RecordedNoise(*noise.uniforms(spec.num_tokens, len(recipe.allocation), spec.bits_per_token))
     noised = time.perf_counter()
-    with _timers(parts) as seconds:
+    with _timers(parts, synchronize) as seconds:
         bits = sample(class_ids, recorded, None)
     sampled = time.perf_counter()
     pixels = decode(bits)
@@ -239,14 +279,16 @@ def _by_stage(run: Iterable[Mapping[str, Any]], stage_of: Mapping[str, str]) -> 
 
 
 @contextmanager
-def _timers(parts: Iterable[tuple[Any, str, str]]) -> Iterator[dict[str, float]]:
+def _timers(
+    parts: Iterable[tuple[Any, str, str]], synchronize: Callable[[], None] | None
+) -> Iterator[dict[str, float]]:
     """Time every call of (object, method) under a stage's name while the block runs."""
     seconds: dict[str, float] = {}
     before = []
     for owner, method, stage in parts:
         seconds[stage] = 0.0
         before.append((owner, method, owner.__dict__.get(method)))
-        setattr(owner, method, _timed(getattr(owner, method), seconds, stage))
+        setattr(owner, method, _timed(getattr(owner, method), seconds, stage, synchronize))
     try:
         yield seconds
     finally:
@@ -257,10 +299,14 @@ def _timers(parts: Iterable[tuple[Any, str, str]]) -> Iterator[dict[str, float]]
                 setattr(owner, method, own)
 
 
-def _timed(function: Callable[..., Any], seconds: dict[str, float], stage: str) -> Callable[..., Any]:
+def _timed(
+    function: Callable[..., Any], seconds: dict[str, float], stage: str, synchronize: Callable[[], None] | None
+) -> Callable[..., Any]:
     def call(*arguments: Any, **named: Any) -> Any:
         begin = time.perf_counter()
         result = function(*arguments, **named)
+        if synchronize is not None:
+            synchronize()
         seconds[stage] += time.perf_counter() - begin
         return result
 

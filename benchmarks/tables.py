@@ -38,6 +38,13 @@ def notes(report: Mapping[str, Any]) -> list[str]:
         f"memory read at {best['bytes_per_second']['max'] / 1e9:.1f} GB/s at best "
         f"({best['bytes_per_second']['min'] / 1e9:.1f} at worst) during the run",
     ]
+    if gpu := best.get("gpu_bytes_per_second"):
+        found.append(
+            f"the GPU copied at {gpu['max'] / 1e9:,.0f} GB/s at best ({gpu['min'] / 1e9:,.0f} at worst), read plus "
+            "written: what runs there is held against that"
+        )
+    elif "without_gpu_best" in report:
+        found.append(f"no fraction of bandwidth of what runs on the GPU: {report['without_gpu_best']}")
     if settings["rounds"] < P99_SAMPLES:
         found.append(f"no p99 of images: that takes {P99_SAMPLES} rounds, there were {settings['rounds']}")
     if not power["energy_sources"]:
@@ -67,10 +74,18 @@ def notes(report: Mapping[str, Any]) -> list[str]:
 
 def compact(title: str, *numbers: str) -> Table:
     """An empty table that fits 80 columns: contender, batch, and right-aligned numbers."""
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left")
+    table = plain(title)
     table.add_column("contender", overflow="fold")
     for heading in ("batch", *numbers):
         table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def plain(title: str, *headings: str) -> Table:
+    """An empty table with columns of text."""
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left")
+    for heading in headings:
+        table.add_column(heading)
     return table
 
 
@@ -84,12 +99,22 @@ def percent(value: float) -> str:
     return f"{value:.0%}"
 
 
+def milliseconds(figures: Mapping[str, float] | None) -> str:
+    """The median of what was measured."""
+    return "-" if figures is None else number(figures["p50"] * 1e3)
+
+
+def mebibytes(size: int | None) -> str:
+    """A size in MiB."""
+    return "-" if size is None else f"{size / 2**20:,.0f}"
+
+
 def _latency(report: Mapping[str, Any]) -> Table:
     title = f"{report['settings']['variant'] or 'model'}: whole images, milliseconds per image"
     table = compact(title, "p50", "p90", "p99", "min", "images/s")
     for entry in report["contenders"]:
         if entry["state"] != "timed":
-            table.add_row(entry["name"], "", f"[red]{entry['state']}[/]")
+            table.add_row(entry["name"], "", _state(entry))
     for name, batch in _batches(report):
         image = batch["image"]
         cells = [number(image[key] * 1e3) if key in image else "-" for key in ("p50", "p90", "p99", "min")]
@@ -100,21 +125,19 @@ def _latency(report: Mapping[str, Any]) -> Table:
 def _tokens(report: Mapping[str, Any]) -> Table:
     """What a token costs, and what it takes from memory."""
     energy = bool(report["power"]["energy_sources"])
-    headings = [
-        "first",
-        "token",
-        "GB/token",
-        "bandwidth",
-        "MiB",
-        *(["J/image"] if energy else []),
-    ]
+    gpu = any(batch["gpu_memory_bytes"] for _, batch in _batches(report))
+    headings = ["first", "token", "GB/token", "bandwidth", "MiB"]
+    headings += [*(["GPU MiB"] if gpu else []), *(["J/image"] if energy else [])]
     table = compact("tokens: median ms of the first and of one, bytes it must read, peak memory", *headings)
     for name, batch in _batches(report):
+        bytes_per_token, fraction = batch["bytes_per_token"], batch["fraction_of_bandwidth"]
         cells = [
-            number(batch["first_token"]["p50"] * 1e3), number(batch["token"]["p50"] * 1e3),
-            number(batch["bytes_per_token"] / 1e9), percent(batch["fraction_of_bandwidth"]),
-            f"{batch['peak_rss_bytes'] / 2**20:,.0f}",
+            milliseconds(batch.get("first_token")), milliseconds(batch.get("token")),
+            "-" if bytes_per_token is None else number(bytes_per_token / 1e9),
+            "-" if fraction is None else percent(fraction), mebibytes(batch["peak_rss_bytes"]),
         ]  # fmt: skip
+        if gpu:
+            cells.append(mebibytes(batch["gpu_memory_bytes"]))
         if energy:
             cells.append(" + ".join(number(figures["p50"]) for figures in batch["joules_per_image"].values()))
         table.add_row(name, str(batch["batch_size"]), *cells)
@@ -132,22 +155,19 @@ def _stages(report: Mapping[str, Any]) -> Table:
 
 
 def _proofs(report: Mapping[str, Any]) -> Table:
-    table = Table(
-        title="the same work: images from the same noise",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        title_justify="left",
-    )
-    for heading in ("contender", "batch", "proof", "PSNR dB"):
-        table.add_column(heading)
+    table = plain("the same work: images from the same noise", "contender", "batch", "proof", "PSNR dB")
     for entry in report["contenders"]:
         if entry["state"] != "timed":
-            table.add_row(entry["name"], "", f"[red]{entry['state']}[/]: {entry['reason']}")
+            table.add_row(entry["name"], "", f"{_state(entry)}: {entry['reason']}")
             continue
         for found in entry["proofs"]:
             table.add_row(entry["name"], str(found["batch_size"]), found["sentence"], f"{found['psnr_db']:.1f}")
     return table
+
+
+def _state(entry: Mapping[str, Any]) -> str:
+    """Of a contender that was not timed."""
+    return f"[{'dim' if entry['state'] == 'reference' else 'red'}]{entry['state']}[/]"
 
 
 def _batches(report: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

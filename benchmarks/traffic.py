@@ -11,12 +11,15 @@ from typing import Any
 
 from bar_edge.runtime import weights
 from bar_edge.runtime.bundle import Bundle
+from bar_edge.runtime.engines.cuda.graphs import ITEMSIZE
+from bar_edge.runtime.engines.cuda.resident import NAME as CUDA
+from bar_edge.runtime.errors import CompatibilityError
 from bar_edge.runtime.inspection import bytes_per_token
 from bar_edge.runtime.spec import ModelSpec, Recipe
 from bar_edge.runtime.weights import StoredTensor
 
-_CACHE_ITEM = 4  # bytes: every engine keeps an fp32 cache today
-_HEAD = "lm_head."
+_CACHE_ITEM = 4  # bytes: ONNX Runtime keeps an fp32 cache
+_HEAD, _HEAD_MODULATION = "lm_head.", "adaLN_modulation"
 _DECODER = ("decoder.", "quantize.")
 _PARTS = (".weight", ".weight_int8", ".weight_blocks8", ".weight_blocks4")
 
@@ -53,16 +56,29 @@ class Traffic:
 
 
 def of_bundle(bundle: Bundle) -> Traffic:
-    """From the sizes of the stored weights."""
+    """From the sizes of the stored weights. Raises CompatibilityError for a bundle of plans, which does not tell."""
+    engines = bundle.manifest.get("engines", {})
+    if engines.keys() - {CUDA}:
+        raise CompatibilityError(f"{bundle.path}: holds plans and not weights, so the bytes it must read are not known")
     places = weights.read_places(bundle.path / weights.FILE_NAME)
     passes = len(bundle.recipe.allocation)
-    head = {name: place for name, place in places.items() if name.startswith(_HEAD)}
+    in_trunk = _HEAD_MODULATION if engines else None  # where the loop on a GPU computes the head's modulation
+    head = {
+        name: place for name, place in places.items() if name.startswith(_HEAD) and not (in_trunk and in_trunk in name)
+    }
     trunk = {name: place for name, place in places.items() if name not in head}
     decoder = {name: place for name, place in places.items() if name.startswith(_DECODER)}
+    counts = _prepacked_weights(places, engines[CUDA]) if engines else {n: _weights(n, p) for n, p in places.items()}
+
+    def read(part: Mapping[str, StoredTensor]) -> tuple[int, int]:
+        times = {name: bytes_per_token({name: place}, passes) // place.length for name, place in part.items()}
+        return sum(times[n] * place.length for n, place in part.items()), sum(times[n] * counts[n] for n in part)
+
     return Traffic(
-        trunk=(bytes_per_token(trunk, passes), _weights_per_token(trunk, passes)),
-        head=(bytes_per_token(head, passes), _weights_per_token(head, passes)),
-        decode=(sum(place.length for place in decoder.values()), sum(map(_weights, decoder, decoder.values()))),
+        trunk=read(trunk),
+        head=read(head),
+        decode=(sum(place.length for place in decoder.values()), sum(counts[name] for name in decoder)),
+        cache_item=ITEMSIZE if engines else _CACHE_ITEM,
     )
 
 
@@ -79,10 +95,12 @@ def of_modules(generator: Any, decoder: Any, passes: int) -> Traffic:
     return Traffic(read(trunk), read(head, passes), read(list(decoder.parameters())), trunk[0].element_size())
 
 
-def _weights_per_token(places: Mapping[str, StoredTensor], passes: int) -> int:
-    return sum(
-        _weights(name, place) * bytes_per_token({name: place}, passes) // place.length for name, place in places.items()
-    )
+def _prepacked_weights(places: Mapping[str, StoredTensor], account: Mapping[str, Any]) -> dict[str, int]:
+    """Elements of the weight matrix that every tensor of a bundle for `cuda` holds, 0 for anything else."""
+    counts = dict.fromkeys(places, 0)
+    for layer, entry in account["layers"].items():
+        counts[f"{layer}.weight_chunks"] = entry["in_features"] * places[f"{layer}.bias"].shape[0]
+    return counts
 
 
 def _weights(name: str, place: StoredTensor) -> int:

@@ -1,4 +1,4 @@
-"""One small bench, run once, for everything that shows or compares reports."""
+"""One small bench, run once, for everything that shows or compares reports, and one with a GPU that is not there."""
 
 import shutil
 from collections.abc import Callable
@@ -8,12 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bar_edge.benchmarks import bench
+from bar_edge.benchmarks import bench, contenders
+from bar_edge.benchmarks.measure import Contender
 from bar_edge.benchmarks.plan import Baseline, Plan
-from bar_edge.runtime import weights
+from bar_edge.export.prepack import prepack_bundle
+from bar_edge.runtime import engines, weights
 from bar_edge.runtime.bundle import Bundle
+from bar_edge.runtime.engines.cuda.compiler import KERNELS
+from tests.runtime.engines.cuda.emulated import EmulatedDevice, EmulatedEngine
+from tests.runtime.engines.cuda.host import HostKernels, build
 
 ROUNDS = 6
+TICK = 1e-6  # seconds that everything takes on the emulated GPU
+COPIED = 2**20  # bytes that it is asked to copy
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +45,82 @@ def measured(small: Any, other_weights: Bundle) -> tuple[dict[str, Any], dict[st
         rounds=ROUNDS, warmup=2, threads=1, seed=4, command="bar-edge bench <the command>",
     )  # fmt: skip
     return bench.run(plan, lambda what, done, total: None)
+
+
+class InProcess:
+    """A contender without a process of its own, in the place of `measure.Worker`."""
+
+    pid, load_seconds = 0, 0.5
+
+    def __init__(self, contender: Contender, threads: int) -> None:
+        _, _, name = contender.factory.partition(":")
+        small = {"Machine": {"mebibytes": 1, "matrix": 8}, "Gpu": {"mebibytes": COPIED // 2**20, "copies": 3}}
+        self._contender = getattr(contenders, name)(**{**contender.arguments, **small.get(name, {})})
+
+    def __enter__(self) -> "InProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self._contender, method)(*arguments)
+
+    def peak_rss_bytes(self) -> int:
+        return 1
+
+    def stop(self) -> None:
+        """Nothing to end."""
+
+
+@pytest.fixture(scope="session")
+def prepacked(small: Any, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The small bundle, compiled for the engine `cuda`."""
+    return prepack_bundle(small.bundle, tmp_path_factory.mktemp("prepacked") / "bundle-cuda")
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
+    """The loop's kernels on the CPU. Skips where there is no g++."""
+    return HostKernels(build(KERNELS, tmp_path_factory.mktemp("host_kernels")))
+
+
+@pytest.fixture
+def emulated_gpu(
+    small: Any, kernels: HostKernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[EmulatedDevice]:
+    """The engine `cuda` draws on emulated devices, with the graphs of the small bundle; all that are made."""
+    made: list[EmulatedDevice] = []
+    started = engines.start
+
+    def start(name: str, *others: Any) -> engines.Engine:
+        if name != "cuda":
+            return started(name, *others)
+        engine = EmulatedEngine(small.bundle, kernels, tmp_path)
+        made.append(engine.device)
+        engine.device.tick = TICK
+        return engine
+
+    def device() -> EmulatedDevice:
+        made.append(EmulatedDevice(kernels))
+        made[-1].tick = TICK
+        return made[-1]
+
+    monkeypatch.setattr(engines, "status", lambda name: engines.Status(name, True, "emulated"))
+    monkeypatch.setattr(engines, "start", start)
+    monkeypatch.setattr(contenders, "CudaDevice", device)
+    return made
+
+
+@pytest.fixture
+def bench_on_gpu(
+    emulated_gpu: list[EmulatedDevice], small: Any, prepacked: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> bench.Bench:
+    """A bench of PyTorch, which only proves, and the bundle for `cuda`, in this process."""
+    monkeypatch.setattr(bench, "Worker", InProcess)
+    plan = Plan.of(
+        [prepacked],
+        baseline=Baseline(small.generator, small.tokenizer, small.config, ("fp32",), reference_timed=False),
+        engines=(), batch_sizes=(1, 2), rounds=2, warmup=1, threads=1, seed=4, command="the command",
+    )  # fmt: skip
+    return bench.Bench(plan, lambda what, done, total: None)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from bar_edge.benchmarks import energy
-from bar_edge.benchmarks.machine import power_state
+from bar_edge.benchmarks import machine as machine_module
+from bar_edge.benchmarks.machine import machine, power_state
 
 
 def write(path: Path, text: object) -> None:
@@ -67,7 +68,7 @@ def test_rapl_counts_packages_through_the_end_of_their_range(tmp_path, monkeypat
 
 def test_a_machine_without_meters_says_why(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(energy, "_load_nvml", lambda: None)
+    monkeypatch.setattr(energy, "load_nvml", lambda: None)
     meters, missing = energy.find_meters(tmp_path)
     assert not meters
     assert [text.split(":")[0] for text in missing] == ["RAPL", "NVML", "tegrastats"]
@@ -87,6 +88,12 @@ class FakeNvml(types.SimpleNamespace):
     def nvmlDeviceGetName(self, device):  # noqa: N802
         return f"card {device}"
 
+    def nvmlDeviceGetMemoryInfo(self, device):  # noqa: N802
+        return types.SimpleNamespace(total=(device + 1) * 2**34)
+
+    def nvmlSystemGetDriverVersion(self):  # noqa: N802
+        return "580.1"
+
     def nvmlDeviceGetTotalEnergyConsumption(self, device):  # noqa: N802
         return 1500 * (device + 1)
 
@@ -96,7 +103,7 @@ class FakeNvml(types.SimpleNamespace):
 
 def test_gpus_count_energy_and_memory(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(energy, "_load_nvml", FakeNvml)
+    monkeypatch.setattr(energy, "load_nvml", FakeNvml)
     meters, _ = energy.find_meters(tmp_path)
     assert [(meter.source, meter.joules()) for meter in meters] == [
         ("NVML GPU 0 (card 0)", 1.5), ("NVML GPU 1 (card 1)", 3.0),
@@ -105,11 +112,19 @@ def test_gpus_count_energy_and_memory(tmp_path, monkeypatch):
     assert energy.gpu_memory_bytes(8) is None
 
 
+def test_a_machine_tells_its_gpus_and_their_driver(monkeypatch):
+    monkeypatch.setattr(machine_module, "load_nvml", FakeNvml)
+    facts = machine()
+    assert facts["gpus"] == ["card 0, 16.0 GiB", "card 1, 32.0 GiB"] and facts["gpu_driver"] == "580.1"
+    monkeypatch.setattr(machine_module, "load_nvml", lambda: None)
+    assert not {"gpus", "gpu_driver"} & set(machine())
+
+
 def test_tegrastats_power_is_summed_over_time(tmp_path, monkeypatch):
     """A board that draws 2 W by its own account: joules are twice the seconds on a clock that the test moves."""
     line = "RAM 1/2MB CPU [1%@1] VDD_IN 2000mW/1900mW VDD_SOC 900mW/900mW"
     tool(tmp_path, "tegrastats", f"import time\nprint({line!r}, flush=True)\ntime.sleep(60)", monkeypatch)
-    monkeypatch.setattr(energy, "_load_nvml", lambda: None)
+    monkeypatch.setattr(energy, "load_nvml", lambda: None)
     clock = [0.0]
     monkeypatch.setattr(energy, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
     meters, _ = energy.find_meters(tmp_path)

@@ -5,7 +5,6 @@ import pytest
 
 from bar_edge.benchmarks import profiles
 from bar_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from bar_edge.runtime.errors import BarEdgeError
 from bar_edge.runtime.noise import SeededNoise
 from bar_edge.runtime.sampling import to_fine_grid
 
@@ -33,7 +32,7 @@ def test_every_linear_layer_of_trunk_and_head_is_in_its_stage(small):
 @pytest.mark.parametrize("which", ["fp32", "int8"])
 def test_a_bundle_is_split_into_stages_that_add_up(small, which):
     bundle = small.bundle if which == "fp32" else small.quantized(which)
-    split = profiles.split_bundle(bundle, "onnxruntime", 1, np.arange(2), SeededNoise(0, range(2)))
+    split = profiles.split_onnxruntime(bundle, 1, np.arange(2), SeededNoise(0, range(2)))
     assert tuple(split.seconds) == profiles.STAGES
     assert all(seconds > 0 for seconds in split.seconds.values())
     assert sum(split.seconds.values()) == pytest.approx(split.wall_seconds)
@@ -49,11 +48,6 @@ def test_the_profiled_engine_draws_the_same(small, tmp_path):
     plain.close()
 
 
-def test_an_engine_that_does_not_tell_is_said_so(small):
-    with pytest.raises(BarEdgeError, match="tensorrt does not tell"):
-        profiles.split_bundle(small.bundle, "tensorrt", 1, np.arange(1), SeededNoise(0, range(1)))
-
-
 def test_the_reference_is_split_and_left_as_it_was(small):
     from bar_edge.export.model import generate_bits
 
@@ -66,10 +60,14 @@ def test_the_reference_is_split_and_left_as_it_was(small):
         return np.zeros((len(bits), 3, 4, 4), dtype=np.float32)
 
     request = (np.arange(2), SeededNoise(0, range(2)))
-    split = profiles.split_pytorch(small.reference, sample, decode, spec, recipe, *request, compiled=False)
+    waited = []
+    split = profiles.split_pytorch(
+        small.reference, sample, decode, spec, recipe, *request, compiled=False, synchronize=lambda: waited.append(1)
+    )
     assert set(split.seconds) == set(profiles.STAGES)
     assert sum(split.seconds.values()) == pytest.approx(split.wall_seconds, rel=0.01)
     assert split.overhead is None
+    assert len(waited) == spec.num_tokens * (1 + len(recipe.allocation))  # a GPU, after every part
     assert not {"prefix_latents", "token_latents"} & small.reference.__dict__.keys()
     assert "forward" not in small.reference.lm_head.__dict__
 

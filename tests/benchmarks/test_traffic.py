@@ -1,9 +1,12 @@
 """Bytes and operations that a batch cannot avoid."""
 
+from dataclasses import replace
+
 import pytest
 
 from bar_edge.benchmarks import traffic
 from bar_edge.runtime import weights
+from bar_edge.runtime.errors import CompatibilityError
 from bar_edge.runtime.inspection import bytes_per_token
 from bar_edge.runtime.spec import Recipe
 
@@ -27,6 +30,23 @@ def test_the_reference_reads_more_than_the_bundle(small):
     loop = traffic.of_modules(small.reference, small.decoder, len(recipe.allocation))
     ours = traffic.of_bundle(small.bundle)
     assert loop.trunk[0] > ours.trunk[0] and loop.head[0] > ours.head[0]
+
+
+def test_a_bundle_for_cuda_reads_half_the_bytes_and_computes_as_much(small, prepacked):
+    exact, ours = traffic.of_bundle(small.bundle), traffic.of_bundle(prepacked)
+    together = [sum(part) for part in zip(exact.trunk, exact.head, strict=True)]
+    found = [sum(part) for part in zip(ours.trunk, ours.head, strict=True)]
+    assert found[0] == pytest.approx(together[0] / 2, rel=0.1)  # tables stay in fp32
+    assert found[1] == pytest.approx(together[1], rel=0.05)  # inputs are filled up
+    assert ours.decode[1] == pytest.approx(exact.decode[1], rel=0.05)
+    assert ours.head[0] < exact.head[0] / 2 and ours.head[1] < exact.head[1]  # its modulation is computed in the trunk
+    assert (exact.cache_item, ours.cache_item) == (4, 2)
+
+
+def test_a_bundle_of_plans_does_not_tell_its_weights(small):
+    plans = replace(small.bundle, manifest={**small.bundle.manifest, "engines": {"tensorrt": {}}})
+    with pytest.raises(CompatibilityError, match="holds plans and not weights"):
+        traffic.of_bundle(plans)
 
 
 def test_weights_are_read_once_a_batch_and_the_cache_once_a_row(small):

@@ -1,4 +1,4 @@
-"""A GPU as the loop sees it: memory, one stream, kernels, captured graphs. A thin layer over the CUDA driver.
+"""A GPU as the loop sees it: memory, one stream, kernels, captured graphs, events. A thin layer over the CUDA driver.
 
 The context is the calling thread's if it has one (PyCUDA's, PyTorch's), else the device's primary one; it is pushed for
 the time of a call, so an engine may be used from any thread, one at a time. Each device object has a stream of its own
@@ -22,6 +22,7 @@ from bar_edge.runtime.errors import EngineError
 Address = int
 Argument = Address | np.generic  # an address, or a scalar of exactly the kernel's type
 CudaGraph = Any
+CudaEvent = Any
 _BLOCKS_PER_SM = 8
 _DEFAULT_STREAMS = (0, 1, 2)  # null, legacy and per-thread
 
@@ -58,6 +59,12 @@ class Device(Protocol):
 
     def replay(self, graph: CudaGraph) -> None:
         """Run a captured graph."""
+
+    def record(self) -> CudaEvent:
+        """Mark this point of the stream; `close` releases the mark."""
+
+    def seconds(self, begin: CudaEvent, end: CudaEvent) -> float:
+        """What the stream took from one mark to another. Waits for both."""
 
     def wait_for(self, stream: int) -> None:
         """Wait until another stream has done what it was given."""
@@ -125,46 +132,70 @@ def stream_handle(stream: Any) -> int:
     raise EngineError(f"{stream!r} is not a CUDA stream")
 
 
+class CudaKernels:
+    """The kernels of a cubin on a device, launched into its stream in blocks of `threads`."""
+
+    def __init__(self, device: "CudaDevice", cubin: bytes, threads: int) -> None:
+        """Called with the device current. Raises EngineError."""
+        self._device, self._threads = device, threads
+        self._module = device.call("cuModuleLoadData", cubin)
+        self._functions: dict[str, Any] = {}
+
+    def launch(self, kernel: str, blocks: int, arguments: Sequence[Argument]) -> None:
+        """Put a kernel into the stream. Raises EngineError."""
+        call, stream = self._device.call, self._device.stream
+        if kernel not in self._functions:
+            self._functions[kernel] = call("cuModuleGetFunction", self._module, kernel.encode())
+        values = [np.array(a, dtype=np.uint64) if isinstance(a, int) else np.array(a) for a in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
+        size = (blocks, 1, 1, self._threads, 1, 1)
+        call("cuLaunchKernel", self._functions[kernel], *size, 0, stream, ctypes.addressof(pointers), 0)
+
+    def close(self) -> None:
+        """Unload it; called with the device current."""
+        self._device.call("cuModuleUnload", self._module)
+
+
 class CudaDevice:
     """The GPU of the calling thread's context, or the first one."""
 
     def __init__(self, stream: Any = None) -> None:
         """Raises EngineError where there is no driver, no GPU, no compiler for its kernels, or for a default stream."""
         self._driver = driver = load_driver()
-        current = self._call(driver.cuCtxGetCurrent)
+        current = self.call("cuCtxGetCurrent")
         if int(current):
             self._context, self._primary = current, None
         else:
-            self._primary = self._call(driver.cuDeviceGet, 0)
-            self._context = self._call(driver.cuDevicePrimaryCtxRetain, self._primary)
+            self._primary = self.call("cuDeviceGet", 0)
+            self._context = self.call("cuDevicePrimaryCtxRetain", self._primary)
         given = None if stream is None else stream_handle(stream)
         if given in _DEFAULT_STREAMS:
             raise EngineError("the default stream cannot be captured into a graph; give a stream that you made")
         self._own_stream = given is None
         try:
             with self.current():
-                device = self._call(driver.cuCtxGetDevice)
+                device = self.call("cuCtxGetDevice")
                 self.sm = capability(driver, device)
                 cubin = kernels(self.sm)
                 count = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
-                self.blocks = _BLOCKS_PER_SM * self._call(driver.cuDeviceGetAttribute, count, device)
+                self.blocks = _BLOCKS_PER_SM * self.call("cuDeviceGetAttribute", count, device)
                 self.threads = 128
-                self._module = self._call(driver.cuModuleLoadData, cubin)
+                self._kernels = CudaKernels(self, cubin, self.threads)
                 flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value
-                self.stream = int(self._call(driver.cuStreamCreate, flags)) if given is None else given
+                self.stream = int(self.call("cuStreamCreate", flags)) if given is None else given
         except BaseException:
             self._release()
             raise
-        self._functions: dict[str, Any] = {}
-        self._graphs: list[Any] = []
+        self._graphs: list[CudaGraph] = []
+        self._events: list[CudaEvent] = []
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        self._call(self._driver.cuCtxPushCurrent, self._context)
+        self.call("cuCtxPushCurrent", self._context)
         try:
             yield
         finally:
-            self._call(self._driver.cuCtxPopCurrent)
+            self.call("cuCtxPopCurrent")
 
     def allocate(self, size: int) -> Address:
         driver = self._driver
@@ -172,39 +203,32 @@ class CudaDevice:
         if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             raise MemoryError(size)
         self._check(status)
-        self._call(driver.cuMemsetD8Async, address, 0, size, self.stream)
+        self.call("cuMemsetD8Async", address, 0, size, self.stream)
         return int(address)
 
     def free(self, address: Address) -> None:
-        self._call(self._driver.cuMemFree, address)
+        self.call("cuMemFree", address)
 
     def free_bytes(self) -> int:
-        return int(self._call(self._driver.cuMemGetInfo)[0])
+        return int(self.call("cuMemGetInfo")[0])
 
     def upload(self, address: Address, array: NDArray[Any]) -> None:
-        self._call(self._driver.cuMemcpyHtoDAsync, address, array.ctypes.data, array.nbytes, self.stream)
+        self.call("cuMemcpyHtoDAsync", address, array.ctypes.data, array.nbytes, self.stream)
 
     def download(self, address: Address, array: NDArray[Any]) -> None:
-        self._call(self._driver.cuMemcpyDtoHAsync, array.ctypes.data, address, array.nbytes, self.stream)
-        self._call(self._driver.cuStreamSynchronize, self.stream)
+        self.call("cuMemcpyDtoHAsync", array.ctypes.data, address, array.nbytes, self.stream)
+        self.call("cuStreamSynchronize", self.stream)
 
     def copy(self, target: Address, source: Address, size: int) -> None:
-        self._call(self._driver.cuMemcpyDtoDAsync, target, source, size, self.stream)
+        self.call("cuMemcpyDtoDAsync", target, source, size, self.stream)
 
     def launch(self, kernel: str, blocks: int, arguments: Sequence[Argument]) -> None:
-        if kernel not in self._functions:
-            self._functions[kernel] = self._call(self._driver.cuModuleGetFunction, self._module, kernel.encode())
-        values = [np.array(a, dtype=np.uint64) if isinstance(a, int) else np.array(a) for a in arguments]
-        pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
-        size = (blocks, 1, 1, self.threads, 1, 1)
-        self._call(
-            self._driver.cuLaunchKernel, self._functions[kernel], *size, 0, self.stream, ctypes.addressof(pointers), 0
-        )
+        self._kernels.launch(kernel, blocks, arguments)
 
     def capture(self, work: Work) -> CudaGraph:
         driver = self._driver
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        self._call(driver.cuStreamBeginCapture, self.stream, mode)
+        self.call("cuStreamBeginCapture", self.stream, mode)
         try:
             work()
         except BaseException:
@@ -212,37 +236,48 @@ class CudaDevice:
             if graph is not None and int(graph):
                 driver.cuGraphDestroy(graph)
             raise
-        graph = self._call(driver.cuStreamEndCapture, self.stream)
-        executable = self._call(driver.cuGraphInstantiate, graph, 0)
-        self._call(driver.cuGraphDestroy, graph)
+        graph = self.call("cuStreamEndCapture", self.stream)
+        executable = self.call("cuGraphInstantiate", graph, 0)
+        self.call("cuGraphDestroy", graph)
         self._graphs.append(executable)
         return executable
 
+    def record(self) -> CudaEvent:
+        self._events.append(self.call("cuEventCreate", 0))
+        self.call("cuEventRecord", self._events[-1], self.stream)
+        return self._events[-1]
+
+    def seconds(self, begin: CudaEvent, end: CudaEvent) -> float:
+        for event in (begin, end):
+            self.call("cuEventSynchronize", event)
+        return 1e-3 * float(self.call("cuEventElapsedTime", begin, end))
+
     def wait_for(self, stream: int) -> None:
         if stream != self.stream:
-            self._call(self._driver.cuStreamSynchronize, stream)
+            self.call("cuStreamSynchronize", stream)
 
     def replay(self, graph: CudaGraph) -> None:
-        self._call(self._driver.cuGraphLaunch, graph, self.stream)
+        self.call("cuGraphLaunch", graph, self.stream)
 
     def close(self) -> None:
-        driver = self._driver
         with self.current():
-            self._call(driver.cuStreamSynchronize, self.stream)
+            self.call("cuStreamSynchronize", self.stream)
             for graph in self._graphs:
-                self._call(driver.cuGraphExecDestroy, graph)
-            self._call(driver.cuModuleUnload, self._module)
+                self.call("cuGraphExecDestroy", graph)
+            for event in self._events:
+                self.call("cuEventDestroy", event)
+            self._kernels.close()
             if self._own_stream:
-                self._call(driver.cuStreamDestroy, self.stream)
+                self.call("cuStreamDestroy", self.stream)
         self._release()
 
     def _release(self) -> None:
         if self._primary is not None:
-            self._call(self._driver.cuDevicePrimaryCtxRelease, self._primary)
+            self.call("cuDevicePrimaryCtxRelease", self._primary)
 
-    def _call(self, function: Any, *arguments: Any) -> Any:
+    def call(self, function: str, *arguments: Any) -> Any:
         """The result of a driver call. Raises EngineError."""
-        status, *values = function(*arguments)
+        status, *values = getattr(self._driver, function)(*arguments)
         self._check(status)
         return values[0] if len(values) == 1 else values
 

@@ -11,6 +11,7 @@ from bar_edge.runtime.engines import Batch, TokenProgress
 from bar_edge.runtime.engines.cuda.device import CudaDevice, DeviceArray
 from bar_edge.runtime.engines.cuda.loop import Graphs, Loop, copies_of
 from bar_edge.runtime.engines.cuda.profile import Profile
+from bar_edge.runtime.engines.cuda.timeline import Timeline
 from bar_edge.runtime.errors import CompatibilityError, EngineError
 from bar_edge.runtime.spec import ModelSpec
 
@@ -44,10 +45,13 @@ class GpuEngine(ABC):
             self._keep(loop, part)
         return np.concatenate(parts)
 
-    def draw(self, batch: Batch, progress: TokenProgress | None = None) -> tuple[NDArray[np.uint8], Floats]:
+    def draw(
+        self, batch: Batch, progress: TokenProgress | None = None, timeline: Timeline | None = None
+    ) -> tuple[NDArray[np.uint8], Floats]:
+        """`Engine.draw`; a `timeline` is told what the GPU took by stage."""
         drawn, where = [], []
         for loop, _, part in self._parts(batch):
-            drawn.append(loop.draw(part, progress))
+            drawn.append(loop.draw(part, progress, timeline))
             self._keep(loop, part)
             where.append((loop, len(part.class_ids)))
         self._drawn = where

@@ -7,10 +7,11 @@ is overwritten: the residual lives there.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 
-from bar_edge.runtime.engines.cuda.device import Address, Device
+from bar_edge.runtime.engines.cuda.device import Address, Argument, Device
 from bar_edge.runtime.engines.cuda.layers import (
     DECODER_HEAD_DIMS,
     decoder_block,
@@ -26,8 +27,8 @@ from bar_edge.runtime.spec import DECODER_HEADS, ModelSpec
 
 ITEMSIZE = 2  # of modulation, keys and values, in float16
 _HALF, _FLOAT = 2, 4  # bytes
-_FEW_ROWS = (16, 32, 64)  # that a block of `few_rows` has; with more of them, `many_rows`
-_BLOCK_ROWS, _BLOCK_OUTPUTS = 128, 64  # of `many_rows`
+BLOCK_ROWS = (16, 32, 64, 128)  # of `few_rows`, the last one of `many_rows`
+_MANY_OUTPUTS = 64  # of a block of `many_rows`
 _WARPS = THREADS // 32
 _QUERIES = 16 * _WARPS  # of a block of `attend_image`
 _FIRST_CLASS = 3  # row of symbol_embedding
@@ -60,7 +61,36 @@ class Epilogue:
     offset: int = 0
 
 
-_PLAIN = Epilogue()
+PLAIN = Epilogue()
+
+
+def block_rows(rows: int) -> int:
+    """Rows that a block of a product takes at once, if there are so many to multiply: one of `BLOCK_ROWS`."""
+    return next((few for few in BLOCK_ROWS if few >= rows), BLOCK_ROWS[-1])
+
+
+class Launch(NamedTuple):
+    """What a `Module` launches."""
+
+    kernel: str
+    blocks: int
+    arguments: tuple[Argument, ...]
+
+
+def product(layer: Layer, x: Address, out: Address, rows: int, epilogue: Epilogue, block: int) -> Launch:
+    """x [rows, in] through a layer, with the kernel that takes `block` rows at once."""
+    form, outputs = layer.form.replace("-", "_"), layer.out_features
+    many = block == BLOCK_ROWS[-1]
+    kernel = f"many_rows_{form}" if many else f"few_rows_{form}_{block}"
+    blocks = -(-outputs // (_MANY_OUTPUTS if many else TILE)) * -(-rows // block)
+    sizes = (rows, outputs, layer.in_features, layer.block)
+    codes = (epilogue.activation, epilogue.destination)
+    shape = (epilogue.group, epilogue.stride, epilogue.offset)
+    arguments: tuple[Argument, ...] = (
+        layer.weight, layer.scale, layer.bias, x, out, epilogue.gate, *map(_i32, sizes), _f32(layer.input_scale),
+        *map(_i32, codes), _f32(epilogue.out_scale), *map(_i32, shape),
+    )  # fmt: skip
+    return Launch(kernel, blocks, arguments)
 
 
 def scratch_sizes(spec: ModelSpec, profile: Profile, weights: Weights) -> dict[str, dict[str, int]]:
@@ -305,25 +335,13 @@ class KernelGraphs:
         sizes = (_i32(width), _i32(kept), _i32(skipped), _f32(out_scale))
         self._launch("layer_norm", rows, x, *weights, out, *sizes)
 
-    def _product(self, layer: Layer, x: Address, out: Address, rows: int, epilogue: Epilogue = _PLAIN) -> None:
-        kernel, outputs = layer.form.replace("-", "_"), layer.out_features
-        tile = next((tile for tile in _FEW_ROWS if tile >= rows), None)
-        if tile is None:
-            kernel, blocks = f"many_rows_{kernel}", -(-outputs // _BLOCK_OUTPUTS) * -(-rows // _BLOCK_ROWS)
-        else:
-            kernel, blocks = f"few_rows_{kernel}_{tile}", -(-outputs // TILE)
-        sizes = (rows, outputs, layer.in_features, layer.block)
-        codes = (epilogue.activation, epilogue.destination)
-        shape = (epilogue.group, epilogue.stride, epilogue.offset)
-        self._launch(
-            kernel, blocks, layer.weight, layer.scale, layer.bias, x, out, epilogue.gate, *map(_i32, sizes),
-            _f32(layer.input_scale), *map(_i32, codes), _f32(epilogue.out_scale), *map(_i32, shape),
-        )  # fmt: skip
+    def _product(self, layer: Layer, x: Address, out: Address, rows: int, epilogue: Epilogue = PLAIN) -> None:
+        self._module.launch(*product(layer, x, out, rows, epilogue, block_rows(rows)))
 
-    def _elementwise(self, kernel: str, items: int, *arguments: Address | np.generic) -> None:
+    def _elementwise(self, kernel: str, items: int, *arguments: Argument) -> None:
         self._launch(kernel, max(1, min(self._device.blocks, -(-items // THREADS))), *arguments)
 
-    def _launch(self, kernel: str, blocks: int, *arguments: Address | np.generic) -> None:
+    def _launch(self, kernel: str, blocks: int, *arguments: Argument) -> None:
         self._module.launch(kernel, blocks, arguments)
 
 

@@ -5,11 +5,14 @@ is launched N times without the host waiting for anything: bits, noise, KV cache
 the device. The engine gives the compiled graphs (`Graphs`); the loop owns every buffer, allocates them once, and knows
 their sizes before.
 
+With a `Timeline` a token is two graphs, the trunk's part and the head's, so that the GPU's time can be told apart.
+
 A profile has a fixed number of rows. Fewer images than fit are drawn beside copies of the first one, whose bits are
 thrown away; an image does not depend on its company.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +22,7 @@ from numpy.typing import NDArray
 from bar_edge.runtime.engines import Batch, TokenProgress
 from bar_edge.runtime.engines.cuda.device import Address, CudaGraph, Device, DeviceArray, address_of
 from bar_edge.runtime.engines.cuda.profile import Profile
+from bar_edge.runtime.engines.cuda.timeline import Timeline
 from bar_edge.runtime.errors import CompatibilityError, EngineError
 from bar_edge.runtime.noise import SeededNoise
 from bar_edge.runtime.sampling import Schedule, guidance_at
@@ -91,7 +95,8 @@ class Loop:
         """Allocates every buffer. Raises EngineError, with the batch that would fit, if memory does not suffice."""
         self._spec, self._graphs, self._device, self._profile = spec, graphs, device, graphs.profile
         self._row_bytes = spec.head_dim * graphs.itemsize
-        self._captured: dict[int, CudaGraph] = {}  # by images of a batch: the rows stay, what they mean changes
+        # by part of a token and images of a batch: the rows stay, what they mean changes
+        self._captured: dict[tuple[str, int], CudaGraph] = {}
         self._images = self._profile.rows  # of the last batch, copies included
         sizes = buffer_sizes(spec, self._profile, itemsize=graphs.itemsize, in_place=graphs.in_place)
         self._table_bytes = sum(tables[name].nbytes for name in TABLES)
@@ -119,22 +124,25 @@ class Loop:
         """Bits [B, N, K] by generation step."""
         spec = self._spec
         with self._device.current():
-            images = self._sample(batch, history)
+            images = self._sample(batch, history, None)
             tokens = np.empty((images, spec.num_tokens, spec.bits_per_token), dtype=np.uint8)
             self._device.download(self._at["tokens"], tokens)
         if progress is not None:
             progress(spec.num_tokens, spec.num_tokens)
         return tokens[: len(batch.class_ids)]
 
-    def draw(self, batch: Batch, progress: TokenProgress | None = None) -> tuple[NDArray[np.uint8], Floats]:
+    def draw(
+        self, batch: Batch, progress: TokenProgress | None = None, timeline: Timeline | None = None
+    ) -> tuple[NDArray[np.uint8], Floats]:
         """`sample`, and the images [B, 3, H, W] of what was drawn, decoded without leaving the device."""
         spec, at, count = self._spec, self._at, len(batch.class_ids)
         with self._device.current():
-            images = self._sample(batch, None)
+            images = self._sample(batch, None, timeline)
             sizes = (images, spec.num_tokens, spec.bits_per_token, spec.patch_size)
             arguments = (at["tokens"], at["orders"], at["cells"], *map(_i32, sizes))
-            self._elementwise("to_cells", images * spec.num_tokens * spec.bits_per_token, *arguments)
-            self._decode(count)
+            with _stage(timeline, "decode"):
+                self._elementwise("to_cells", images * spec.num_tokens * spec.bits_per_token, *arguments)
+                self._decode(count)
             tokens = np.empty((images, spec.num_tokens, spec.bits_per_token), dtype=np.uint8)
             self._device.download(at["tokens"], tokens)
             decoded = np.empty((count, 3, spec.image_size, spec.image_size), dtype=np.float32)
@@ -186,28 +194,33 @@ class Loop:
                 self._device.free(address)
         self._at.clear()
 
-    def _sample(self, batch: Batch, history: NDArray[np.uint8] | None) -> int:
+    def _sample(self, batch: Batch, history: NDArray[np.uint8] | None, timeline: Timeline | None) -> int:
         """Put everything up to the last token into the stream; returns the images it draws, copies included."""
         spec, device, at = self._spec, self._device, self._at
         images = self.capacity(batch.recipe)
         self._check(batch, images)
         placed = self._place(batch, images)
-        self._noise(batch, images)
-        self._enqueue("mask_ratio", {name: name for name in ("mask_ratio", "ratio_embedding")})
-        self._prefix(placed)
+        with _stage(timeline, "prefix"):
+            self._noise(batch, images)
+            self._enqueue("mask_ratio", {name: name for name in ("mask_ratio", "ratio_embedding")})
+            self._prefix(placed)
         positions = self._profile.modulation_pairs // len(placed.distinct)  # of one chunk
         self._upload("class_slot", placed.slots)
         self._upload("chunk", np.array([positions, len(placed.distinct)]))
         self._upload_pairs(placed.distinct, positions)
         if history is not None:
             self._upload("history", _padded(history, images).transpose(1, 0, 2), np.uint8)
-        self._chunk(0)
-        token = self._token(images)
+        with _stage(timeline, "prefix"):
+            self._chunk(0)
+        token = self._token(images, apart=timeline is not None)
         token_bytes = images * spec.bits_per_token
         for n in range(spec.num_tokens):
             if n and n % positions == 0:
-                self._chunk(n // positions)
-            device.replay(token)
+                with _stage(timeline, "prefix"):
+                    self._chunk(n // positions)
+            for part, graph in token.items():
+                with _stage(timeline, part):
+                    device.replay(graph)
             if history is not None:
                 device.copy(at["bits"], at["history"] + n * token_bytes, token_bytes)
         self._images = images
@@ -316,17 +329,26 @@ class Loop:
         self._device.copy(at["positions"], at["pair_positions"] + number * size, size)
         self._enqueue("modulation", {name: name for name in ("class_id", "positions", "modulation")})
 
-    def _token(self, images: int) -> CudaGraph:
-        """One token, captured. The engine runs once before, because it may allocate at its first call."""
-        if images not in self._captured:
-            self._one_token(images)
+    def _token(self, images: int, *, apart: bool) -> dict[str, CudaGraph]:
+        """One token, captured: in one graph, or in two that are timed apart."""
+        parts = {"trunk": self._trunk_part, "head": self._head_part} if apart else {"token": self._one_token}
+        return {part: self._capture(part, work, images) for part, work in parts.items()}
+
+    def _capture(self, part: str, work: Callable[[int], None], images: int) -> CudaGraph:
+        """The work runs once before, because an engine may allocate at its first call."""
+        if (part, images) not in self._captured:
+            work(images)
             self._upload("token", np.zeros(1))
-            self._captured[images] = self._device.capture(lambda: self._one_token(images))
-        return self._captured[images]
+            self._captured[part, images] = self._device.capture(lambda: work(images))
+        return self._captured[part, images]
 
     def _one_token(self, images: int) -> None:
-        spec, profile, at, rows = self._spec, self._profile, self._at, self._profile.rows
-        k, passes = spec.bits_per_token, profile.passes
+        self._trunk_part(images)
+        self._head_part(images)
+
+    def _trunk_part(self, images: int) -> None:
+        """From the bits of the last token to the latents of this one."""
+        spec, at, rows = self._spec, self._at, self._profile.rows
         place = ("token", "classes", "class_slot", "chunk", "orders", "symbols", "own", "targets", "start")
         sizes = (rows, images, spec.num_tokens, spec.prefix_length, spec.num_classes)
         self._elementwise("place_token", rows, *(at[name] for name in place), at["modulation_index"], *map(_i32, sizes))
@@ -335,6 +357,11 @@ class Loop:
         self._enqueue("step", self._step_bindings())
         if not self._graphs.in_place:
             self._write_kv("step.kv", at["start"], 0, rows, 1)
+
+    def _head_part(self, images: int) -> None:
+        """From the latents to the bits."""
+        spec, at, rows = self._spec, self._at, self._profile.rows
+        k, passes = spec.bits_per_token, self._profile.passes
         state = ("known", "bits", "lm_head.bit_embedding", "lm_head.masked_embedding", "head.x")
         schedule = ("u_bits", "u_confidence", "guidance", "temperature", "remask_count", "known", "bits", "tokens")
         for s in range(passes):
@@ -431,6 +458,11 @@ class _Placed:
     slots: NDArray[np.int64]  # [R] which of the distinct classes
     distinct: NDArray[np.int64]  # [U]
     first_targets: NDArray[np.int64]  # [R] table row of what the first token predicts
+
+
+def _stage(timeline: Timeline | None, name: str) -> AbstractContextManager[None]:
+    """A stage of a timeline, if there is one."""
+    return nullcontext() if timeline is None else timeline.stage(name)
 
 
 def _chunks(tokens: int, pairs: int, classes: int) -> int:

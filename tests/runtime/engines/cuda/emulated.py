@@ -22,6 +22,7 @@ from bar_edge.export.device_weights import device_weights, write
 from bar_edge.export.tensorrt_graphs import build_tensorrt_graphs
 from bar_edge.runtime import weights
 from bar_edge.runtime.bundle import Bundle
+from bar_edge.runtime.engines.cuda.gpu_engine import GpuEngine
 from bar_edge.runtime.engines.cuda.loop import TABLES, Loop
 from bar_edge.runtime.engines.cuda.profile import Profile
 from bar_edge.runtime.engines.onnxruntime import load_session
@@ -41,7 +42,8 @@ class EmulatedDevice:
     """Memory, stream and kernels on the CPU.
 
     `events` names everything that was executed, in order: kernels and graphs by their names, and `upload`, `download`,
-    `copy`, `replay`. Copies must lie within one allocation, and gathered rows within their table.
+    `copy`, `replay`. Copies must lie within one allocation, and gathered rows within their table. On the clock of
+    `record` a kernel, graph or copy takes a `tick`, unless `durations` says otherwise.
     """
 
     threads = 4
@@ -53,6 +55,9 @@ class EmulatedDevice:
         self._allocated: dict[int, tuple[np.ndarray, int]] = {}  # address -> memory around it, bytes asked for
         self._recording: Recording | None = None
         self.events: list[str] = []
+        self.tick = 1.0  # seconds
+        self.durations: dict[str, float] = {"upload": 0, "download": 0}
+        self.clock = 0.0
         self.closed = False
 
     @property
@@ -118,6 +123,7 @@ class EmulatedDevice:
 
         def run() -> None:
             self.events.append(name)
+            self.clock += self.durations.get(name, self.tick)
             work()
 
         if self._recording is None:
@@ -139,6 +145,13 @@ class EmulatedDevice:
         self.events.append("replay")
         for work in graph:
             work()
+
+    def record(self) -> float:
+        assert self._recording is None, "an event is not captured"
+        return self.clock
+
+    def seconds(self, begin: float, end: float) -> float:
+        return end - begin
 
     def current(self) -> Any:
         return nullcontext()
@@ -231,6 +244,23 @@ def emulated_loop(
     device = EmulatedDevice(kernels, memory)
     graphs = EmulatedGraphs(device, profile, device_graphs(bundle, folder, profile, form), folder, form)
     return Emulated(Loop(bundle.spec, loop_tables(bundle), graphs, device), device)
+
+
+class EmulatedEngine(GpuEngine):
+    """An engine whose graphs are those of an fp32 bundle, on a device of its own; it draws 2 images together."""
+
+    name = "emulated"
+
+    def __init__(self, bundle: Bundle, kernels: HostKernels, folder: Path) -> None:
+        device: Any = EmulatedDevice(kernels)
+        profile = Profile.of(2, guided=True, passes=len(bundle.recipe.allocation))
+        super().__init__(bundle.spec, device, [profile], loop_tables(bundle))
+        self._bundle, self._folder = bundle, folder
+
+    def graphs(self, profile: Profile) -> EmulatedGraphs:
+        form = DeviceForm(TensorProto.FLOAT, in_place=True)
+        models = device_graphs(self._bundle, self._folder, profile, form)
+        return EmulatedGraphs(self.device, profile, models, self._folder, form)
 
 
 def device_graphs(bundle: Bundle, folder: Path, profile: Profile, form: DeviceForm) -> dict[str, onnx.ModelProto]:

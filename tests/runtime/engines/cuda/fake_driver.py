@@ -1,7 +1,8 @@
 """A CUDA driver that is not there: what `CudaDevice` calls of `cuda.bindings.driver`, with memory on the host.
 
-It keeps books instead of running anything: the context stack, memory, streams, modules and graphs that are held, and
-every call in order. `answers` makes a call fail.
+It keeps books instead of running anything: the context stack, memory, streams, modules, graphs and events that are
+held, and every call in order. `answers` makes a call fail. On its clock a kernel, a graph and a copy on the device take
+as many milliseconds as `durations` says, everything else takes none.
 """
 
 # ruff: noqa: N802, N815  # the driver's own names
@@ -45,7 +46,10 @@ class FakeDriver:
         self.answers: dict[str, CUresult] = {}
         self.calls: list[tuple[Any, ...]] = []
         self.memory: dict[int, np.ndarray] = {}
-        self.held: dict[str, set[int]] = {"context": set(), "stream": set(), "module": set(), "graph": set()}
+        self.held: dict[str, set[int]] = {kind: set() for kind in ("context", "stream", "module", "graph", "event")}
+        self.durations = {"cuLaunchKernel": 1.0, "cuGraphLaunch": 1.0, "cuMemcpyDtoDAsync": 1.0}
+        self._clock = 0.0
+        self._recorded: dict[int, float] = {}  # event -> when
         self.launched: list[tuple[str, tuple[int, ...], int]] = []  # kernel, its six sizes, stream
         self.parameters: list[bytes] = []  # the 8 bytes that each of three parameters of the last launch points to
         self.capturing = False
@@ -64,6 +68,8 @@ class FakeDriver:
             if name in self.answers:
                 return (self.answers[name],) if name in _WITHOUT_RESULT else (self.answers[name], 0)
             result = work(*arguments)
+            if not self.capturing:
+                self._clock += self.durations.get(name, 0)
             if isinstance(result, CUresult):
                 return (result,) if name in _WITHOUT_RESULT else (result, 0)
             return (_OK,) if result is None else (_OK, *(result if isinstance(result, tuple) else (result,)))
@@ -151,6 +157,22 @@ class FakeDriver:
 
     _cuGraphExecDestroy = _cuGraphDestroy
 
+    def _cuEventCreate(self, flags: int) -> int:
+        return self._hold("event")
+
+    def _cuEventRecord(self, event: int, stream: int) -> None:
+        assert event in self.held["event"] and not self.capturing
+        self._recorded[event] = self._clock
+
+    def _cuEventSynchronize(self, event: int) -> None:
+        assert event in self._recorded
+
+    def _cuEventElapsedTime(self, begin: int, end: int) -> float:
+        return self._recorded[end] - self._recorded[begin]
+
+    def _cuEventDestroy(self, event: int) -> None:
+        self.held["event"].remove(event)
+
     def _cuModuleLoadData(self, cubin: bytes) -> int:
         return self._hold("module")
 
@@ -182,5 +204,6 @@ _WITHOUT_CONTEXT = {
 _WITHOUT_RESULT = {
     "cuInit", "cuDevicePrimaryCtxRelease", "cuCtxPushCurrent", "cuMemFree", "cuMemsetD8Async", "cuMemcpyHtoDAsync",
     "cuMemcpyDtoHAsync", "cuMemcpyDtoDAsync", "cuStreamDestroy", "cuStreamSynchronize", "cuStreamBeginCapture",
-    "cuGraphLaunch", "cuGraphDestroy", "cuGraphExecDestroy", "cuModuleUnload", "cuLaunchKernel",
+    "cuEventRecord", "cuEventSynchronize", "cuEventDestroy", "cuGraphLaunch", "cuGraphDestroy", "cuGraphExecDestroy",
+    "cuModuleUnload", "cuLaunchKernel",
 }  # fmt: skip

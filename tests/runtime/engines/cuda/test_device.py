@@ -10,6 +10,7 @@ import pytest
 from bar_edge.runtime.engines.cuda import device as device_module
 from bar_edge.runtime.engines.cuda.device import (
     CudaDevice,
+    CudaKernels,
     DeviceArray,
     address_of,
     host_sm,
@@ -284,6 +285,37 @@ def test_what_failed_in_a_capture_is_what_is_reported(driver):
         device.capture({}.popitem)
 
 
+def test_time_passes_between_marks_for_what_lies_between_them(driver):
+    driver.durations |= {"cuLaunchKernel": 250.0, "cuGraphLaunch": 4000.0}
+    device = CudaDevice()
+    with device.current():
+        graph = device.capture(lambda: device.launch("advance", 1, (0,)))
+        begin = device.record()
+        device.launch("advance", 1, (0,))
+        middle = device.record()
+        device.replay(graph)
+        device.replay(graph)
+        end = device.record()
+        assert (device.seconds(begin, middle), device.seconds(middle, end)) == (0.25, 8.0)
+        assert device.seconds(begin, end) == 8.25
+    waited = [call[1] for call in driver.calls if call[0] == "cuEventSynchronize"]
+    assert waited[:2] == [begin, middle]  # or the time would be asked for before it is known
+    assert len(driver.held["event"]) == 3
+    device.close()
+    assert not driver.held["event"]
+
+
+def test_kernels_of_another_cubin_are_launched_in_the_devices_stream(driver):
+    device = CudaDevice()
+    with device.current():
+        kernels = CudaKernels(device, b"another", 64)
+        kernels.launch("theirs", 3, (2**40, np.int32(1), np.int32(2)))
+        kernels.close()
+    assert ("cuModuleLoadData", b"another") in driver.calls
+    assert driver.launched == [("theirs", (3, 1, 1, 64, 1, 1), device.stream)]
+    assert len(driver.held["module"]) == 1  # the device's own
+
+
 def test_what_the_driver_refuses_is_an_engine_error_by_name(driver):
     device = CudaDevice()
     driver.answers["cuMemcpyDtoDAsync"] = CUresult.CUDA_ERROR_INVALID_VALUE
@@ -321,8 +353,10 @@ def test_a_real_gpu_does_the_same():
         token, copied = device.allocate(4), device.allocate(4)
         device.upload(token, np.array([41], np.int32))
         graph = device.capture(lambda: device.launch("advance", 1, (token,)))
+        begin = device.record()
         for _ in range(3):
             device.replay(graph)
+        assert 0 < device.seconds(begin, device.record()) < 1
         device.copy(copied, token, 4)
         found = np.zeros(1, np.int32)
         device.download(copied, found)

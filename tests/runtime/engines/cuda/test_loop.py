@@ -9,6 +9,7 @@ from onnx import TensorProto
 from bar_edge.runtime.engines import Batch
 from bar_edge.runtime.engines.cuda.loop import TABLES, buffer_sizes
 from bar_edge.runtime.engines.cuda.profile import Profile
+from bar_edge.runtime.engines.cuda.timeline import STAGES, Timeline
 from bar_edge.runtime.errors import CompatibilityError, EngineError
 from bar_edge.runtime.generator import Generator
 from bar_edge.runtime.noise import RecordedNoise, SeededNoise
@@ -357,6 +358,46 @@ def test_a_token_is_captured_once_for_as_many_images(small, emulate, monkeypatch
     ):
         gpu.loop.sample(batch)
     assert len(captured) == 2  # guided, and not
+
+
+# ---- the time of its parts ----
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["in_place", "apart"])
+def test_a_timeline_tells_what_every_part_of_a_token_took(small, emulate, in_place):
+    gpu = emulate(small.bundle, profile_of(small), in_place=in_place)
+    gpu.device.durations |= {"step": 100.0, "head_pass": 10.0}
+    timeline, passes, tokens = Timeline(gpu.device), len(small.bundle.recipe.allocation), small.spec.num_tokens
+    gpu.loop.draw(batch_of(small, [1, 2, 3]), timeline=timeline)
+    seconds = timeline.seconds()
+    trunk = 100 + 3 + (0 if in_place else 1)  # the step; place_token, gather_rows and embed; write_kv
+    assert seconds["trunk"] == [trunk] * tokens
+    assert seconds["head"] == [passes * 12 + 1] * tokens  # the pass, head_embed and sample_pass; advance
+    assert seconds["decode"] == [1 + 3]  # to_cells; two copies and the decoder
+
+
+def test_the_parts_of_a_timeline_add_up_to_what_the_device_did(small, emulate):
+    profile = replace(profile_of(small), modulation_pairs=7)  # modulation is due within the loop as well
+    gpu = emulate(small.bundle, profile)
+    gpu.loop.draw(batch_of(small, [1, 2, 3]), timeline=Timeline(gpu.device))  # captures
+    timeline, before = Timeline(gpu.device), gpu.device.clock
+    gpu.loop.draw(batch_of(small, [1, 2, 3]), timeline=timeline)
+    seconds = timeline.seconds()
+    assert tuple(seconds) == STAGES
+    assert sum(map(sum, seconds.values())) == gpu.device.clock - before
+    assert len(seconds["prefix"]) > 2
+
+
+def test_with_a_timeline_the_same_is_drawn_and_afterwards_a_token_is_one_graph_again(small, emulate):
+    gpu = emulate(small.bundle, profile_of(small))
+    batch = batch_of(small, [1, 2, 3], random_order=True)
+    bits, images = gpu.loop.draw(batch)
+    timed_bits, timed_images = gpu.loop.draw(batch, timeline=Timeline(gpu.device))
+    np.testing.assert_array_equal(timed_bits, bits)
+    np.testing.assert_array_equal(timed_images, images)
+    gpu.device.events.clear()
+    gpu.loop.draw(batch)
+    assert gpu.device.events.count("replay") == small.spec.num_tokens
 
 
 @pytest.mark.parametrize(("classes", "positions"), [([1], 3), ([1, 2], 2), ([1, 2, 3], 1)])

@@ -1,0 +1,177 @@
+"""A bench with a GPU: an emulated one, on whose clock every kernel, graph and copy takes as long."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from bar_edge.benchmarks import charts, command, contenders, energy, profiles, tables
+from bar_edge.benchmarks.measure import ContenderError
+from bar_edge.benchmarks.page import page
+from bar_edge.runtime.engines.cuda.timeline import STAGES
+from bar_edge.runtime.errors import EngineError
+
+from .conftest import COPIED, TICK
+
+COPIED_A_SECOND = 2 * COPIED / TICK  # read and written
+
+
+@pytest.fixture
+def report(bench_on_gpu):
+    with bench_on_gpu as running:
+        for batch_size in (1, 2):
+            running.measure(batch_size, rounds=2)
+            running.explain()
+        return running.report()
+
+
+@pytest.fixture
+def ours(report):
+    return report["contenders"][1]
+
+
+def test_the_reference_proves_and_is_not_timed(report, ours):
+    reference = report["contenders"][0]
+    assert (reference["name"], reference["state"]) == ("PyTorch fp32", "reference")
+    assert "batches" not in reference and len(reference["proofs"]) == 2
+    assert (ours["name"], ours["state"], ours["device"]) == ("bundle-cuda, cuda", "timed", "gpu")
+    assert [proof["judged_differing_bits"] for proof in ours["proofs"]] == [0, 0]
+
+
+def test_the_time_of_a_token_is_that_of_its_graphs(ours, small):
+    passes, tokens = len(small.bundle.recipe.allocation), small.spec.num_tokens
+    for batch in ours["batches"]:
+        assert batch["image"]["count"] == 2
+        assert not {"first_token", "decode"} & set(batch)  # the host hears of the last token only
+        trunk, head = 4, 3 * passes + 1  # kernels and graphs
+        figures = dict.fromkeys(("min", "p50", "p90", "max"), pytest.approx((trunk + head) * TICK))
+        assert batch["token"] == {"count": tokens, **figures}
+        seconds = batch["stages"]["seconds"]
+        assert seconds["trunk"] == pytest.approx(tokens * trunk * TICK)
+        assert seconds["head"] == pytest.approx(tokens * head * TICK)
+        assert seconds["host"] > 0
+        assert set(seconds) == {*STAGES, "host"}
+        assert sum(seconds.values()) == pytest.approx(batch["stages"]["wall_seconds"])
+        assert batch["stages"]["overhead"] > 0 and "token_seconds" not in batch["stages"]
+
+
+def test_bandwidth_is_held_against_the_gpus_own(report, ours):
+    best = report["machine_best"]
+    assert best["gpu_bytes_per_second"]["samples"] == pytest.approx([COPIED_A_SECOND] * 4)
+    assert best["bytes_per_second"]["p50"] != COPIED_A_SECOND
+    for batch in ours["batches"]:
+        batch_fraction = batch["bytes_per_token"] / batch["token"]["p50"] / COPIED_A_SECOND
+        assert batch["fraction_of_bandwidth"] == pytest.approx(batch_fraction, rel=1e-3)
+        point = batch["roofline"]["trunk"]
+        read = batch["work"]["trunk"]["bytes"] / batch["stages"]["seconds"]["trunk"]
+        assert point["fraction_of_bandwidth"] == pytest.approx(read / COPIED_A_SECOND)
+
+
+def test_a_gpu_that_cannot_be_measured_leaves_the_fraction_out_and_says_why(bench_on_gpu, monkeypatch):
+    from bar_edge.benchmarks import bench
+
+    worker = bench.Worker
+
+    def failing(contender, threads):
+        if contender.factory.endswith(":Gpu"):
+            raise bench.ContenderError("EngineError: no driver")
+        return worker(contender, threads)
+
+    monkeypatch.setattr(bench, "Worker", failing)
+    with bench_on_gpu as running:
+        running.measure(1, rounds=1)
+        running.explain()
+        report = running.report()
+    (batch,) = report["contenders"][1]["batches"]
+    assert batch["fraction_of_bandwidth"] is None and "roofline" not in batch
+    assert batch["bytes_per_token"] > 0
+    assert any("no driver" in note for note in tables.notes(report))
+    assert "–" in page(report, {}, {})
+
+
+class Meter:
+    """12 J between any two looks."""
+
+    source, looks = "NVML GPU 0", 0
+
+    def joules(self):
+        self.looks += 1
+        return 12.0 * self.looks
+
+    def close(self):
+        self.looks = -1
+
+
+def test_energy_and_memory_of_the_gpu_are_told(bench_on_gpu, monkeypatch):
+    meter = Meter()
+    monkeypatch.setattr(bench_on_gpu, "_meters", [meter])
+    monkeypatch.setattr(energy, "gpu_memory_bytes", lambda pid: 3 * 2**30)
+    with bench_on_gpu as running:
+        running.measure(2, rounds=3)
+        running.explain()
+        report = running.report()
+    (batch,) = report["contenders"][1]["batches"]
+    assert batch["joules_per_image"]["NVML GPU 0"] == {"count": 3, "min": 6, "p50": 6, "p90": 6, "max": 6}
+    assert batch["gpu_memory_bytes"] == 3 * 2**30
+    assert meter.looks == -1
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    command.show(report, console)
+    shown = console.export_text()
+    assert "GPU MiB" in shown and "3,072" in shown
+
+
+def test_what_was_measured_before_a_contender_failed_stays(bench_on_gpu, monkeypatch):
+    draw = contenders.OnEngine.draw
+
+    def failing(self, images, *others):
+        if images == 2:
+            raise ContenderError("RuntimeError: out of memory")
+        return draw(self, images, *others)
+
+    monkeypatch.setattr(contenders.OnEngine, "draw", failing)
+    with bench_on_gpu as running:
+        for batch_size in (1, 2):
+            running.measure(batch_size, rounds=1)
+            running.explain()
+        report = running.report()
+    ours = report["contenders"][1]
+    assert (ours["state"], ours["reason"]) == ("failed", "batch 2: RuntimeError: out of memory")
+    assert [batch["batch_size"] for batch in ours["batches"]] == [1]
+    assert "out of memory" in page(report, {}, charts.draw(report))
+
+
+def test_a_round_lasts_as_long_as_it_must(bench_on_gpu, monkeypatch):
+    clock = iter(range(10_000))  # seconds, one at every look
+    monkeypatch.setattr(contenders.time, "perf_counter", lambda: next(clock))
+    with bench_on_gpu as running:
+        running.measure(1, rounds=2, least_seconds=30)
+        running.explain()
+        (batch,) = running.report()["contenders"][1]["batches"]
+    assert batch["image"]["count"] > 4  # two rounds of several images
+
+
+def test_the_report_is_shown_everywhere(report):
+    assert json.loads(json.dumps(report)) == report
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    command.show(report, console)
+    assert "the GPU copied at" in console.export_text()
+    text = page(report, {}, charts.draw(report))
+    assert "the GPU copied at" in text and "GPU&#39;s memory" not in text
+    assert "roofline" in charts.draw(report)
+
+
+def test_an_engine_without_a_timeline_is_said_so(small):
+    with (
+        profiles.SplitGenerator(small.bundle, engine="onnxruntime", threads=1) as generator,
+        pytest.raises(EngineError, match="onnxruntime does not tell its stages apart"),
+    ):
+        generator.split(*contenders._request(small.spec, 1, 0))
+
+
+def test_the_gpus_speed_is_the_median_of_its_copies(emulated_gpu):
+    gpu = contenders.Gpu(mebibytes=3, copies=5)
+    (device,) = emulated_gpu
+    device.durations["copy"] = 0.5
+    assert gpu.gpu_bytes_per_second() == 2 * 3 * 2**20 / 0.5
+    assert device.events == ["copy"] * 5
+    assert device.allocated_bytes == 2 * 3 * 2**20
