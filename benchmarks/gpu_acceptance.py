@@ -12,15 +12,16 @@ a C compiler. Where bar-edge is not installed, a link and what setuptools (77 or
     PYTHONPATH=site python -m bar_edge.benchmarks.gpu_acceptance -o acceptance.json
 
 Parts, in order: which engines work here and why the others do not; the tests of our kernels that run on a GPU; the demo
-as it is and quantized, led along what ONNX Runtime draws; random weights in published shapes, fp16 and with 8-bit
-weights, timed by `bench` beside PyTorch on the GPU, alone and in growing batches; then beside compiled PyTorch. What
-fails is in the report with its reason, and the other parts go on. A part for which too little of the budget is left is
-in the report as not run. The report is written anew, whole, after every part.
+as it is and quantized, led along what ONNX Runtime draws; products of our own beside PyTorch's; random weights in
+published shapes, fp16 and with 8-bit weights, timed by `bench` beside PyTorch on the GPU, alone and in growing batches;
+then beside compiled PyTorch. What fails is in the report with its reason, and the other parts go on. A part for which
+too little of the budget is left is in the report as not run. The report is written anew, whole, after every part.
 
 It takes about 20 GB of memory and 30 GB under TMPDIR. Not yet run on a GPU.
 """
 
 import importlib.util
+import json
 import multiprocessing
 import shlex
 import shutil
@@ -40,7 +41,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from bar_edge.benchmarks import tables
+from bar_edge.benchmarks import gpu_products, tables
 from bar_edge.benchmarks.bench import Bench
 from bar_edge.benchmarks.eight_bit import eight_bit
 from bar_edge.benchmarks.measure import Report, save, stamp
@@ -68,7 +69,7 @@ _ROUNDS, _FEWER_ROUNDS = 5, 2  # of single images, and of larger batches
 _LEAST_SECONDS = 1.0  # that everyone draws in a round: NVML counts energy in steps of about a tenth
 # What a part is reckoned to take at most on an H200 with 16 cores, not measured yet: it is not begun if less is left.
 # Eager PyTorch launches about 1,000 kernels a token whatever the batch, 3 to 5 s for BAR-B; compiling takes a minute.
-_SECONDS = {"kernels": 60, "demo": 40, "bundles": 90}
+_SECONDS = {"kernels": 60, "demo": 40, "products": 40, "bundles": 90}
 _EAGER_SECONDS = {"bar_b": (120, 65), "bar_b_patch4": (60, 20)}  # batch 1, processes included; a larger batch
 _COMPILED_SECONDS = {"bar_b": 110, "bar_b_patch4": 90}
 
@@ -126,6 +127,7 @@ def accept(acceptance: Acceptance, folder: Path, variants: Sequence[str], batche
         making = {name: pool.submit(make, name, folder / name) for name in variants}
         acceptance.part("kernels", _SECONDS["kernels"], _kernels)
         acceptance.part("demo", _SECONDS["demo"], lambda: _demo(folder))
+        acceptance.part("products", _SECONDS["products"], lambda: _products(folder))
         made = {name: _made(acceptance, name, future) for name, future in making.items()}
     for name, one in made.items():
         _time(acceptance, name, one, _EAGER, batches, _EAGER_SECONDS[name])
@@ -203,6 +205,8 @@ def summary(report: Report) -> Iterator[Any]:
                 differing = f"{verdict['decisions_differing']:,} of {verdict['decisions']:,}"
                 found.add_row(name, engine, differing, verdict["self_test"]["sentence"])
     yield found
+    if "products" in report:
+        yield gpu_products.table([gpu_products.Figure.from_dict(figure) for figure in report["products"]])
     for measured in report.values():
         if isinstance(measured, dict) and "contenders" in measured:
             yield from tables.tables(measured)
@@ -243,6 +247,17 @@ def _demo(folder: Path) -> dict[str, dict[str, Any]]:
         else {engine: judged(source, made) for engine, made in compiled(source)}
         for name, source in sources.items()
     }
+
+
+def _products(folder: Path) -> list[dict[str, Any]]:
+    """`gpu_products`, in a process that gives the GPU's memory back."""
+    output = folder / "products.json"
+    command = [sys.executable, "-m", "bar_edge.benchmarks.gpu_products", "-o", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise EngineError("\n".join(done.stderr.strip().splitlines()[-_TOLD_LINES:]))
+    found: list[dict[str, Any]] = json.loads(output.read_text())["products"]
+    return found
 
 
 def _made(acceptance: Acceptance, name: str, future: "Future[Made]") -> Made | None:

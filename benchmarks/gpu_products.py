@@ -9,8 +9,8 @@ and again. Not yet run on a GPU.
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -54,6 +54,11 @@ class Figure:
         work = 2 * self.rows * self.inputs * self.outputs
         rates = {"bytes_per_second": self.weight_bytes / self.seconds, "flops_per_second": work / self.seconds}
         return {**vars(self), **rates}
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> "Figure":
+        """Inverse of `to_dict`."""
+        return cls(**{field.name: told[field.name] for field in fields(cls)})
 
 
 def measure(device: CudaDevice) -> list[Figure]:

@@ -27,16 +27,21 @@ from bar_edge.runtime.spec import ModelSpec
 class Tolerance:
     """What may differ from the record."""
 
-    decisions: float  # fraction of bits
+    decisions: float  # fraction of bits, in tokens of up to `_FEW_BITS`
     latent: float  # of the largest value
-    pixels: int  # levels, decoding the recorded bits: truncation to uint8 may fall either way
+    largest: int  # levels, decoding the recorded bits: truncation to uint8 may fall either way
+    root_mean_square: float  # levels, likewise
 
 
 _RECORDER = "onnxruntime"
-_SAME = Tolerance(0, 1e-3, 1)
-# The demo's graphs for a GPU, executed on the CPU, flip 0.2 % of decisions and differ by 1.6e-2 in latents and 2 levels
-# where the record was made with activations rounded otherwise (int8, weight-only); in fp16 alone by 0, 3e-4 and 1.
-_COMPILED = Tolerance(0.01, 3e-2, 3)
+_SAME = Tolerance(0, 1e-3, 1, 1)
+# Compiled engines, executed on the CPU beside records whose activations were rounded otherwise. The demo (12 bits a
+# token) in fp16: no decision flipped, latents 4e-4, 1 level; int8 and weight-only: 0.2 %, 1.6e-2, 2 levels. BAR-B/4
+# with random weights (256 bits) in fp16: 1.9 %, 4e-4, 1 level; int8: 6.3 %, 1.0e-2, 12 levels, 2.3 root mean square,
+# both sides as far from fp32 (0.0292 and 0.0291). A flipped decision changes those of the passes after it, so the
+# fraction grows with the bits of a token; something else altogether draws half of all bits wrong.
+_COMPILED = Tolerance(0.01, 3e-2, 16, 4)
+_FEW_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -115,17 +120,21 @@ def run(generator: Generator) -> SelfTest:
     bits = generator.sample(np.array([record.class_id]), generator.bundle.recipe, noise, history=history)[0]
     latent = generator.last_latents()[0]
     pixels = to_uint8(generator.decode_raw(record.bits[None]))[0]
-    pixel_error = int(np.abs(pixels.astype(int) - record.image).max())
+    difference = pixels.astype(int) - record.image
+    pixel_error, pixel_rms = int(np.abs(difference).max()), float(np.sqrt(np.square(difference).mean()))
     latent_error = float(np.abs(latent - record.latent).max() / max(np.abs(record.latent).max(), 1e-12))
     wrong = bits != record.bits
     first = int(np.flatnonzero(wrong.any(axis=1))[0]) if wrong.any() else None
     failures = []
-    if wrong.mean() > tolerance.decisions:
+    if wrong.mean() > tolerance.decisions * max(1, spec.bits_per_token / _FEW_BITS):
         failures.append(f"{int(wrong.sum())} of {wrong.size} bits differ, the first in grid cell {first}")
     if not latent_error <= tolerance.latent:  # NaN fails
         failures.append(f"latents differ by {latent_error:.1e} of their size, {tolerance.latent:.0e} is allowed")
-    if pixel_error > tolerance.pixels:
-        failures.append(f"pixels differ by {pixel_error} levels, {tolerance.pixels} is allowed")
+    if pixel_error > tolerance.largest:
+        failures.append(f"pixels differ by {pixel_error} levels, {tolerance.largest} is allowed")
+    if pixel_rms > tolerance.root_mean_square:
+        allowed = f"{tolerance.root_mean_square:.0f} is allowed"
+        failures.append(f"pixels differ by {pixel_rms:.1f} levels (root mean square), {allowed}")
     equal = f"{wrong.size - int(wrong.sum())} of {wrong.size}" if wrong.any() else f"all {wrong.size}"
     sentence = "; ".join(failures) or f"{equal} bits equal, pixels within {pixel_error} level"
     return SelfTest(

@@ -5,14 +5,16 @@ import subprocess
 import sys
 from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from bar_edge.benchmarks import bench, gpu_acceptance
+from bar_edge.benchmarks import bench, gpu_acceptance, measure
 from bar_edge.benchmarks.eight_bit import eight_bit
+from bar_edge.benchmarks.gpu_products import Figure
 from bar_edge.benchmarks.random_checkpoint import random_tokenizer
 from bar_edge.runtime import engines
 from bar_edge.runtime.engines.cuda.device import host_sm
@@ -22,6 +24,8 @@ from bar_edge.runtime.noise import SeededNoise
 from bar_edge.runtime.spec import VARIANTS, Variant
 
 from .conftest import InProcess
+
+FIGURE = Figure(768, 2304, "fp16", 2, 16, True, 3e-6, 768 * 2304 * 2)
 
 
 class Clock:
@@ -199,6 +203,7 @@ def accept(acceptance, emulated_gpu, small, prepacked, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_acceptance, "ProcessPoolExecutor", InPlace)
     monkeypatch.setattr(gpu_acceptance, "_kernels", lambda: {"passed": True})
     monkeypatch.setattr(gpu_acceptance, "_demo", lambda folder: {"fp32": {"cuda": {"failed": "no library"}}})
+    monkeypatch.setattr(gpu_acceptance, "_products", lambda folder: [FIGURE.to_dict()])
     monkeypatch.setattr(gpu_acceptance, "_COMPILED", ("fp32",))  # compiling takes minutes
     monkeypatch.setattr(gpu_acceptance, "_LEAST_SECONDS", 0)
     monkeypatch.setattr(bench, "Worker", InProcess)
@@ -213,7 +218,7 @@ def accept(acceptance, emulated_gpu, small, prepacked, tmp_path, monkeypatch):
 def test_everything_is_in_the_report(accept, acceptance):
     report = accept()
     assert {name: part["outcome"] for name, part in report["parts"].items()} == {
-        **dict.fromkeys(("engines", "kernels", "demo", "bar_b, bundles"), "done"),
+        **dict.fromkeys(("engines", "kernels", "demo", "products", "bar_b, bundles"), "done"),
         "bar_b_patch4, bundles": "failed: EngineError: no disk",
         **dict.fromkeys(("bar_b, batch 1", "bar_b, batch 2", "bar_b, compiled PyTorch, batch 1"), "done"),
         **{
@@ -267,3 +272,17 @@ def test_the_kernels_tests_are_those_that_run_on_a_gpu(monkeypatch):
     monkeypatch.setattr(gpu_acceptance.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EngineError, match="pytest is not installed"):
         gpu_acceptance._kernels()
+
+
+def test_products_are_timed_in_a_process_of_their_own(monkeypatch, tmp_path):
+    def run(command, **_):
+        assert command[1:4] == ["-m", "bar_edge.benchmarks.gpu_products", "-o"]
+        measure.save({"products": [FIGURE.to_dict()]}, Path(command[4]))
+        return SimpleNamespace(returncode=0, stdout="", stderr="")
+
+    monkeypatch.setattr(gpu_acceptance.subprocess, "run", run)
+    assert [Figure.from_dict(one) for one in gpu_acceptance._products(tmp_path)] == [FIGURE]
+    failed = SimpleNamespace(returncode=1, stdout="", stderr="trace\nEngineError: no driver")
+    monkeypatch.setattr(gpu_acceptance.subprocess, "run", lambda command, **_: failed)
+    with pytest.raises(EngineError, match="no driver"):
+        gpu_acceptance._products(tmp_path)

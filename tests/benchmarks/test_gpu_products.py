@@ -50,6 +50,7 @@ def test_everything_the_engine_could_choose_is_timed(driver):
 def test_rates_are_of_weights_and_operations():
     told = figure(256, 72, "fp16", 2, 16, seconds=1e-3).to_dict()
     assert told["bytes_per_second"] == pytest.approx(256 * 72 * 2 * 1e3)
+    assert gpu_products.Figure.from_dict(told) == figure(256, 72, "fp16", 2, 16, seconds=1e-3)
     assert told["flops_per_second"] == pytest.approx(2 * 2 * 256 * 72 * 1e3)
 
 

@@ -160,3 +160,50 @@ def test_flipped_bytes_are_a_bundle_error_or_a_record_but_never_a_crash(patch1, 
         except BundleError:
             continue
         assert record.bits.shape == shape and 0 <= record.class_id <= patch1.spec.num_classes
+
+
+# ---- engines that round otherwise ----
+
+
+class Compiled:
+    """A bundle on an engine of another name, which draws what was recorded but for what is changed."""
+
+    engine_name = "cuda"
+
+    def __init__(self, runtime: Generator, flipped: int = 0, levels: float = 0, of_one: int = 0) -> None:
+        self.bundle, self.spec = runtime.bundle, runtime.spec
+        self.record = selftest.Record.load(runtime.bundle.path / SELFTEST, runtime.spec)
+        self._runtime, self._flipped, self._levels, self._of_one = runtime, flipped, levels, of_one
+
+    def sample(self, class_ids, recipe, noise, history):
+        np.testing.assert_array_equal(history, self.record.bits[None])
+        bits = history.copy()
+        bits.reshape(-1)[: self._flipped] ^= 1
+        return bits
+
+    def last_latents(self):
+        return self.record.latent[None]
+
+    def decode_raw(self, bits):
+        away = np.where(self.record.image < 128, 1, -1).transpose(2, 0, 1)
+        image = self.record.image.transpose(2, 0, 1) + 0.5 + away * self._levels
+        image[0, 0, 0] += away[0, 0, 0] * self._of_one
+        return (image / 127.5 - 1)[None].astype(np.float32)
+
+
+def test_a_compiled_engine_may_flip_as_many_decisions_as_follow_from_one(golden):
+    spec = golden.spec
+    bits = spec.image_seq_len * spec.token_size
+    allowed = int(bits * 0.01 * max(1, spec.bits_per_token / 16))
+    found = selftest.run(Compiled(golden.runtime, flipped=allowed))
+    assert found.passed and found.differing_bits == allowed
+    assert not selftest.run(Compiled(golden.runtime, flipped=allowed + 1)).passed
+
+
+def test_a_compiled_engine_may_differ_in_levels(patch1):
+    assert selftest.run(Compiled(patch1.runtime, levels=4)).passed
+    found = selftest.run(Compiled(patch1.runtime, levels=5))
+    assert not found.passed and "pixels differ by 5.0 levels (root mean square), 4 is allowed" in found.sentence
+    assert selftest.run(Compiled(patch1.runtime, of_one=16)).passed
+    found = selftest.run(Compiled(patch1.runtime, of_one=17))
+    assert not found.passed and "pixels differ by 17 levels, 16 is allowed" in found.sentence

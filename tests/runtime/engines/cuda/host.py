@@ -46,8 +46,9 @@ Argument = np.ndarray | Part | Table | np.generic | int | None
 class HostKernels:
     """The kernels of a library that `build` made."""
 
-    def __init__(self, library: Path) -> None:
-        self._library = ctypes.CDLL(str(library))
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._library = ctypes.CDLL(str(path))
 
     def launch(self, name: str, grid: int, block: int, *args: Argument) -> None:
         """Run a kernel to its end.
