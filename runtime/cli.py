@@ -425,7 +425,10 @@ def bench(
     config: Annotated[Path | None, typer.Option("--config", help="The checkpoint's YAML.")] = None,
     form: Annotated[
         list[str] | None,
-        typer.Option("--form", help="Of the baseline: fp32, tf32, bf16, compiled, compiled-bf16; repeat."),
+        typer.Option(
+            "--form",
+            help="Of the baseline: fp32, tf32, bf16, compiled, compiled-bf16; repeat. Default: fp32, bf16, compiled.",
+        ),
     ] = None,
     engine: Annotated[
         list[str] | None, typer.Option("--engine", help="Repeat. Every engine a bundle was made for unless given.")

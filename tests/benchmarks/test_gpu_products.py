@@ -6,23 +6,17 @@ import pytest
 from rich.console import Console
 
 from bar_edge.benchmarks import gpu_products
-from bar_edge.runtime.engines.cuda import device as device_module
-from bar_edge.runtime.engines.cuda import module
 from bar_edge.runtime.engines.cuda.device import CudaDevice
-from tests.runtime.engines.cuda.fake_driver import FakeDriver
+from tests.runtime.engines.cuda.fake_driver import FakeDriver, stand_in
 
 
 @pytest.fixture
 def driver(monkeypatch):
-    fake = FakeDriver(memory=2**26)
-    monkeypatch.setattr(device_module, "import_module", lambda name: fake)
-    monkeypatch.setattr(device_module, "kernels", lambda sm: b"cubin")
-    monkeypatch.setattr(module, "compile_source", lambda source, sm, options: b"cubin of the products")
     monkeypatch.setattr(gpu_products, "SHAPES", ((256, 72),))
     monkeypatch.setattr(gpu_products, "ROWS", (2, 64))
     monkeypatch.setattr(gpu_products, "_STACK_BYTES", 300_000)
     monkeypatch.setattr(gpu_products, "_pytorch", lambda k, n, rows: figure(k, n, "pytorch fp16", rows, None))
-    return fake
+    return stand_in(monkeypatch, FakeDriver(memory=2**26))
 
 
 def figure(inputs, outputs, form, rows, block_rows, seconds=1e-4):

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from operator import index
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,9 +122,12 @@ def address_of(array: Any, shape: tuple[int, ...], dtype: Any) -> Address:
 
 
 def stream_handle(stream: Any) -> int:
-    """The handle of a stream: an integer, or an object of cuda-core, PyCUDA, PyTorch or CuPy. Raises EngineError."""
-    if isinstance(stream, int):
-        return stream
+    """The handle of a stream: an integer, or an object of cuda-bindings, cuda-core, PyCUDA, PyTorch or CuPy.
+
+    Raises EngineError for anything else.
+    """
+    if isinstance(stream, SupportsIndex):  # CUstream of cuda-bindings, too
+        return index(stream)
     if hasattr(stream, "__cuda_stream__"):
         return int(stream.__cuda_stream__()[1])
     for name in ("handle", "cuda_stream", "ptr"):
@@ -161,6 +165,10 @@ class CudaDevice:
 
     def __init__(self, stream: Any = None) -> None:
         """Raises EngineError where there is no driver, no GPU, no compiler for its kernels, or for a default stream."""
+        given = None if stream is None else stream_handle(stream)
+        if given in _DEFAULT_STREAMS:
+            raise EngineError("the default stream cannot be captured into a graph; give a stream that you made")
+        self._own_stream = given is None
         self._driver = driver = load_driver()
         current = self.call("cuCtxGetCurrent")
         if int(current):
@@ -168,10 +176,6 @@ class CudaDevice:
         else:
             self._primary = self.call("cuDeviceGet", 0)
             self._context = self.call("cuDevicePrimaryCtxRetain", self._primary)
-        given = None if stream is None else stream_handle(stream)
-        if given in _DEFAULT_STREAMS:
-            raise EngineError("the default stream cannot be captured into a graph; give a stream that you made")
-        self._own_stream = given is None
         try:
             with self.current():
                 device = self.call("cuCtxGetDevice")

@@ -13,6 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
+
+from bar_edge.runtime.engines.cuda import device, module
 
 
 class CUresult(Enum):
@@ -195,6 +198,14 @@ class FakeDriver:
         self._next += 1
         self.held[kind].add(self._next)
         return self._next
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, driver: FakeDriver) -> FakeDriver:
+    """A fake driver in the place of the real one, with nothing to compile; all that the engine `cuda` needs."""
+    monkeypatch.setattr(device, "import_module", lambda name: driver)
+    monkeypatch.setattr(device, "kernels", lambda sm: f"cubin for {sm}".encode())
+    monkeypatch.setattr(module, "compile_source", lambda source, sm, options: b"cubin of the products")
+    return driver
 
 
 _WITHOUT_CONTEXT = {

@@ -11,7 +11,6 @@ from bar_edge.runtime import selftest
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines import Batch, choose, status
 from bar_edge.runtime.engines.cuda import device as device_module
-from bar_edge.runtime.engines.cuda import module
 from bar_edge.runtime.engines.cuda.engine import check_capability, profiles, start
 from bar_edge.runtime.engines.cuda.graphs import scratch_bytes
 from bar_edge.runtime.engines.cuda.layers import check
@@ -26,7 +25,7 @@ from bar_edge.runtime.sampling import to_uint8
 
 from .emulated import EmulatedDevice
 from .emulated_engine import kernel_loop
-from .fake_driver import CUresult, FakeDriver
+from .fake_driver import CUresult, FakeDriver, stand_in
 
 FLIPS, QUANTIZED_FLIPS = 0.005, 0.01
 # ONNX Runtime's weight-only products round activations to INT8, ours do not; W8A8 turns the rounding of float16 weights
@@ -262,11 +261,7 @@ def test_profiles_double_while_all_fit_together(patch1, prepacked):
 @pytest.fixture
 def driver(monkeypatch):
     """A driver that keeps books, and nothing to compile with."""
-    fake = FakeDriver(memory=2**26)
-    monkeypatch.setattr(device_module, "import_module", lambda name: fake)
-    monkeypatch.setattr(device_module, "kernels", lambda sm: b"cubin")
-    monkeypatch.setattr(module, "compile_source", lambda source, sm, options: b"cubin of the products")
-    return fake
+    return stand_in(monkeypatch, FakeDriver(memory=2**26))
 
 
 def nothing_is_held(driver):

@@ -19,7 +19,7 @@ from bar_edge.runtime.engines.cuda.device import (
 )
 from bar_edge.runtime.errors import EngineError
 
-from .fake_driver import CUresult, FakeDriver
+from .fake_driver import CUresult, FakeDriver, stand_in
 
 THEIRS = 77  # a stream, or a context, that somebody else made
 
@@ -30,10 +30,8 @@ def install(monkeypatch):
     installed = []
 
     def put(driver):
-        monkeypatch.setattr(device_module, "import_module", lambda name: driver)
-        monkeypatch.setattr(device_module, "kernels", lambda sm: f"cubin for {sm}".encode())
         installed.append((driver, list(driver.contexts)))
-        return driver
+        return stand_in(monkeypatch, driver)
 
     yield put
     for driver, contexts in installed:
