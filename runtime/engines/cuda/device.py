@@ -137,12 +137,10 @@ def stream_handle(stream: Any) -> int:
 
 
 class CudaKernels:
-    """The kernels of a cubin on a device, launched into its stream in blocks of `threads`."""
+    """The kernels of a cubin on a device, launched into its stream in blocks of `threads` (`CudaDevice.load`)."""
 
-    def __init__(self, device: "CudaDevice", cubin: bytes, threads: int) -> None:
-        """Called with the device current. Raises EngineError."""
-        self._device, self._threads = device, threads
-        self._module = device.call("cuModuleLoadData", cubin)
+    def __init__(self, device: "CudaDevice", module: Any, threads: int) -> None:
+        self._device, self._module, self._threads = device, module, threads
         self._functions: dict[str, Any] = {}
 
     def launch(self, kernel: str, blocks: int, arguments: Sequence[Argument]) -> None:
@@ -154,10 +152,6 @@ class CudaKernels:
         pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
         size = (blocks, 1, 1, self._threads, 1, 1)
         call("cuLaunchKernel", self._functions[kernel], *size, 0, stream, ctypes.addressof(pointers), 0)
-
-    def close(self) -> None:
-        """Unload it; called with the device current."""
-        self._device.call("cuModuleUnload", self._module)
 
 
 class CudaDevice:
@@ -176,6 +170,10 @@ class CudaDevice:
         else:
             self._primary = self.call("cuDeviceGet", 0)
             self._context = self.call("cuDevicePrimaryCtxRetain", self._primary)
+        self._modules: list[Any] = []
+        self._graphs: list[CudaGraph] = []
+        self._events: list[CudaEvent] = []
+        self._uploaded: list[NDArray[Any]] = []
         try:
             with self.current():
                 device = self.call("cuCtxGetDevice")
@@ -184,14 +182,12 @@ class CudaDevice:
                 count = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
                 self.blocks = _BLOCKS_PER_SM * self.call("cuDeviceGetAttribute", count, device)
                 self.threads = 128
-                self._kernels = CudaKernels(self, cubin, self.threads)
+                self._kernels = self.load(cubin, self.threads)
                 flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value
                 self.stream = int(self.call("cuStreamCreate", flags)) if given is None else given
         except BaseException:
             self._release()
             raise
-        self._graphs: list[CudaGraph] = []
-        self._events: list[CudaEvent] = []
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -217,14 +213,21 @@ class CudaDevice:
         return int(self.call("cuMemGetInfo")[0])
 
     def upload(self, address: Address, array: NDArray[Any]) -> None:
+        self._uploaded.append(array)  # lives until the stream has surely read it
         self.call("cuMemcpyHtoDAsync", address, array.ctypes.data, array.nbytes, self.stream)
 
     def download(self, address: Address, array: NDArray[Any]) -> None:
         self.call("cuMemcpyDtoHAsync", array.ctypes.data, address, array.nbytes, self.stream)
         self.call("cuStreamSynchronize", self.stream)
+        self._uploaded.clear()
 
     def copy(self, target: Address, source: Address, size: int) -> None:
         self.call("cuMemcpyDtoDAsync", target, source, size, self.stream)
+
+    def load(self, cubin: bytes, threads: int) -> CudaKernels:
+        """Other kernels, for blocks of `threads`; `close` unloads them. Raises EngineError."""
+        self._modules.append(self.call("cuModuleLoadData", cubin))
+        return CudaKernels(self, self._modules[-1], threads)
 
     def launch(self, kernel: str, blocks: int, arguments: Sequence[Argument]) -> None:
         self._kernels.launch(kernel, blocks, arguments)
@@ -270,12 +273,14 @@ class CudaDevice:
                 self.call("cuGraphExecDestroy", graph)
             for event in self._events:
                 self.call("cuEventDestroy", event)
-            self._kernels.close()
             if self._own_stream:
                 self.call("cuStreamDestroy", self.stream)
         self._release()
 
     def _release(self) -> None:
+        with self.current():
+            for module in self._modules:
+                self.call("cuModuleUnload", module)
         if self._primary is not None:
             self.call("cuDevicePrimaryCtxRelease", self._primary)
 

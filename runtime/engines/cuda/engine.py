@@ -17,7 +17,7 @@ from bar_edge.runtime.engines.cuda.gpu_engine import GpuEngine
 from bar_edge.runtime.engines.cuda.graphs import ITEMSIZE, KernelGraphs, scratch_bytes
 from bar_edge.runtime.engines.cuda.layers import check
 from bar_edge.runtime.engines.cuda.loop import Loop, buffer_sizes
-from bar_edge.runtime.engines.cuda.module import CudaModule
+from bar_edge.runtime.engines.cuda.module import load_products
 from bar_edge.runtime.engines.cuda.profile import Profile
 from bar_edge.runtime.engines.cuda.resident import NAME, Weights
 from bar_edge.runtime.errors import CompatibilityError, EngineError
@@ -82,11 +82,9 @@ class CudaEngine(GpuEngine):
         with ExitStack() as undo:  # if starting fails
             undo.callback(device.close)
             check_capability(device.sm)
-            with device.current(), ExitStack() as undo_module:
-                self._module = CudaModule(device)
-                undo_module.callback(self._module.close)
+            with device.current():
+                self._module = load_products(device)
                 self._resident = weights.load(device)
-                undo_module.pop_all()
             undo.pop_all()
         super().__init__(bundle.spec, device, (), tables)
         self._fitting: dict[int, list[Profile]] = {}  # by head passes of an allocation
@@ -116,5 +114,4 @@ class CudaEngine(GpuEngine):
     def close(self) -> None:
         with self.device.current():
             self._resident.close()
-            self._module.close()
         super().close()

@@ -17,13 +17,7 @@ class Module(Protocol):
     def launch(self, kernel: str, blocks: int, arguments: Sequence[Argument]) -> None:
         """Put a kernel of `products.cu` into the device's stream, in blocks of `THREADS`."""
 
-    def close(self) -> None:
-        """Release what it holds."""
 
-
-class CudaModule(CudaKernels):
-    """Compiled for the GPU that is there, once."""
-
-    def __init__(self, device: CudaDevice) -> None:
-        """Called with the device current. Raises EngineError."""
-        super().__init__(device, compile_source(PRODUCTS, device.sm, OPTIONS), THREADS)
+def load_products(device: CudaDevice) -> CudaKernels:
+    """Compiled for the GPU that is there, once; called with the device current. Raises EngineError."""
+    return device.load(compile_source(PRODUCTS, device.sm, OPTIONS), THREADS)

@@ -25,9 +25,6 @@ class EmulatedModule:
         frozen = tuple(arguments)
         self._device.submit(kernel, lambda: self._products.launch(kernel, blocks, THREADS, *frozen))
 
-    def close(self) -> None:
-        """Nothing to release."""
-
 
 def kernel_loop(bundle: Bundle, kernels: HostKernels, products: HostKernels, profile: Profile) -> Emulated:
     """A loop over the kernel graphs of a bundle compiled for `cuda`, on a device of its own."""

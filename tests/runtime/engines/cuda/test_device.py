@@ -2,6 +2,7 @@
 
 import struct
 import sys
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,6 @@ import pytest
 from bar_edge.runtime.engines.cuda import device as device_module
 from bar_edge.runtime.engines.cuda.device import (
     CudaDevice,
-    CudaKernels,
     DeviceArray,
     address_of,
     host_sm,
@@ -306,12 +306,26 @@ def test_time_passes_between_marks_for_what_lies_between_them(driver):
 def test_kernels_of_another_cubin_are_launched_in_the_devices_stream(driver):
     device = CudaDevice()
     with device.current():
-        kernels = CudaKernels(device, b"another", 64)
-        kernels.launch("theirs", 3, (2**40, np.int32(1), np.int32(2)))
-        kernels.close()
+        device.load(b"another", 64).launch("theirs", 3, (2**40, np.int32(1), np.int32(2)))
     assert ("cuModuleLoadData", b"another") in driver.calls
     assert driver.launched == [("theirs", (3, 1, 1, 64, 1, 1), device.stream)]
-    assert len(driver.held["module"]) == 1  # the device's own
+    assert len(driver.held["module"]) == 2  # and the device's own
+    device.close()
+    assert not driver.held["module"]
+
+
+def test_what_is_uploaded_lives_until_the_stream_has_read_it(driver):
+    device = CudaDevice()
+    with device.current():
+        address, array = device.allocate(16), np.arange(4.0, dtype=np.float32)
+        device.upload(address, array)
+        alive = weakref.ref(array)
+        del array
+        assert alive() is not None
+        device.download(address, np.empty(4, dtype=np.float32))
+        assert alive() is None
+        device.free(address)
+    device.close()
 
 
 def test_what_the_driver_refuses_is_an_engine_error_by_name(driver):
