@@ -26,6 +26,7 @@ from bar_edge.runtime.engines.cuda.device import CudaDevice
 from bar_edge.runtime.engines.cuda.graphs import BLOCK_ROWS, PLAIN, block_rows, product
 from bar_edge.runtime.engines.cuda.module import Module, load_products
 from bar_edge.runtime.engines.cuda.resident import CHUNK_BYTES, CHUNK_INPUTS, TILE, Layer
+from bar_edge.runtime.errors import EngineError
 
 SHAPES = ((768, 2304), (768, 768), (2048, 11008), (5504, 2048))  # in, out: trunk qkv and proj, head w12 and w3 of BAR-B
 ROWS = (2, 16, 32, 64, 128, 512)
@@ -124,7 +125,12 @@ def _ours(device: CudaDevice, module: Module, inputs: int, outputs: int, form: s
                         module.launch(*product(layer, x, out, rows, PLAIN, taken))
 
                 seconds = _seconds(device, stack) / count
-                yield Figure(inputs, outputs, form, rows, taken, taken == block_rows(rows), seconds, size)
+                chosen = taken == block_rows(rows, outputs, device.multiprocessors)
+                yield Figure(inputs, outputs, form, rows, taken, chosen, seconds, size)
+        found = np.empty(max(ROWS) * outputs, dtype=np.float32)
+        device.download(out, found)
+        if not np.isfinite(found).all():
+            raise EngineError(f"{form} products of {inputs} inputs are not finite")
     finally:
         for address in allocated:
             device.free(address)

@@ -31,6 +31,7 @@ _DEFAULT_STREAMS = (0, 1, 2)  # null, legacy and per-thread
 class Device(Protocol):
     """What the loop asks of a GPU. Everything is put into one stream, in order; only `download` waits."""
 
+    multiprocessors: int
     threads: int  # of a block
     blocks: int  # most blocks of an elementwise kernel
 
@@ -151,7 +152,10 @@ class CudaKernels:
         values = [np.array(a, dtype=np.uint64) if isinstance(a, int) else np.array(a) for a in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
         size = (blocks, 1, 1, self._threads, 1, 1)
-        call("cuLaunchKernel", self._functions[kernel], *size, 0, stream, ctypes.addressof(pointers), 0)
+        try:
+            call("cuLaunchKernel", self._functions[kernel], *size, 0, stream, ctypes.addressof(pointers), 0)
+        except EngineError as error:
+            raise EngineError(f"{error} of {kernel}") from error
 
 
 class CudaDevice:
@@ -180,12 +184,15 @@ class CudaDevice:
                 self.sm = capability(driver, device)
                 cubin = kernels(self.sm)
                 count = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
-                self.blocks = _BLOCKS_PER_SM * self.call("cuDeviceGetAttribute", count, device)
+                self.multiprocessors = self.call("cuDeviceGetAttribute", count, device)
+                self.blocks = _BLOCKS_PER_SM * self.multiprocessors
                 self.threads = 128
                 self._kernels = self.load(cubin, self.threads)
                 flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value
                 self.stream = int(self.call("cuStreamCreate", flags)) if given is None else given
         except BaseException:
+            with self.current():
+                self._unload()
             self._release()
             raise
 
@@ -202,7 +209,7 @@ class CudaDevice:
         status, address = driver.cuMemAlloc(size)
         if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             raise MemoryError(size)
-        self._check(status)
+        self._check("cuMemAlloc", status)
         self.call("cuMemsetD8Async", address, 0, size, self.stream)
         return int(address)
 
@@ -267,32 +274,36 @@ class CudaDevice:
         self.call("cuGraphLaunch", graph, self.stream)
 
     def close(self) -> None:
-        with self.current():
-            self.call("cuStreamSynchronize", self.stream)
-            for graph in self._graphs:
-                self.call("cuGraphExecDestroy", graph)
-            for event in self._events:
-                self.call("cuEventDestroy", event)
-            if self._own_stream:
-                self.call("cuStreamDestroy", self.stream)
-        self._release()
+        try:
+            with self.current():
+                self.call("cuStreamSynchronize", self.stream)
+                for graph in self._graphs:
+                    self.call("cuGraphExecDestroy", graph)
+                for event in self._events:
+                    self.call("cuEventDestroy", event)
+                self._unload()
+                if self._own_stream:
+                    self.call("cuStreamDestroy", self.stream)
+        finally:  # a kernel that failed has broken the context: the next one to ask for it gets a new one
+            self._release()
+
+    def _unload(self) -> None:
+        for module in self._modules:
+            self.call("cuModuleUnload", module)
 
     def _release(self) -> None:
-        with self.current():
-            for module in self._modules:
-                self.call("cuModuleUnload", module)
         if self._primary is not None:
             self.call("cuDevicePrimaryCtxRelease", self._primary)
 
     def call(self, function: str, *arguments: Any) -> Any:
         """The result of a driver call. Raises EngineError."""
         status, *values = getattr(self._driver, function)(*arguments)
-        self._check(status)
+        self._check(function, status)
         return values[0] if len(values) == 1 else values
 
-    def _check(self, status: Any) -> None:
+    def _check(self, function: str, status: Any) -> None:
         if status != self._driver.CUresult.CUDA_SUCCESS:
-            raise EngineError(f"the CUDA driver answered {status.name}")
+            raise EngineError(f"the CUDA driver answered {status.name} to {function}")
 
 
 def load_driver() -> ModuleType:

@@ -64,9 +64,16 @@ class Epilogue:
 PLAIN = Epilogue()
 
 
-def block_rows(rows: int) -> int:
-    """Rows that a block of a product takes at once, if there are so many to multiply: one of `BLOCK_ROWS`."""
-    return next((few for few in BLOCK_ROWS if few >= rows), BLOCK_ROWS[-1])
+def block_rows(rows: int, outputs: int, multiprocessors: int) -> int:
+    """Rows that a block of a product takes at once, if there are so many to multiply: one of `BLOCK_ROWS`.
+
+    Sums are the same bits in any case. `many_rows` reads less, but only where it has a block for every multiprocessor.
+    """
+    *few_rows, many_rows = BLOCK_ROWS
+    few = next((few for few in few_rows if few >= rows), None)
+    if few is None and -(-outputs // _MANY_OUTPUTS) * -(-rows // many_rows) >= multiprocessors:
+        return many_rows
+    return few or few_rows[-1]
 
 
 class Launch(NamedTuple):
@@ -336,7 +343,8 @@ class KernelGraphs:
         self._launch("layer_norm", rows, x, *weights, out, *sizes)
 
     def _product(self, layer: Layer, x: Address, out: Address, rows: int, epilogue: Epilogue = PLAIN) -> None:
-        self._module.launch(*product(layer, x, out, rows, epilogue, block_rows(rows)))
+        block = block_rows(rows, layer.out_features, self._device.multiprocessors)
+        self._module.launch(*product(layer, x, out, rows, epilogue, block))
 
     def _elementwise(self, kernel: str, items: int, *arguments: Argument) -> None:
         self._launch(kernel, max(1, min(self._device.blocks, -(-items // THREADS))), *arguments)

@@ -45,8 +45,8 @@ __device__ inline u32 multiply_halves(u32 a, u32 b) {
     return product;
 }
 
-// Weights are read once a launch: they would only push activations out of L1.
-__device__ inline uint4 load_weights(const uint4* from) {
+// Weights that one block reads, once: they would only push activations out of L1.
+__device__ inline uint4 load_once(const uint4* from) {
     uint4 words;
     asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
         : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
@@ -72,7 +72,7 @@ __device__ inline void mma(i32 (&sum)[4], const u32 (&a)[4], const u32 (&b)[2]) 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 #else
-inline uint4 load_weights(const uint4* from) { return *from; }  // the others come with the CPU's stand-in
+inline uint4 load_once(const uint4* from) { return *from; }  // the others come with the CPU's stand-in
 #endif
 
 __device__ inline u64 first_item() { return (u64)blockIdx.x * blockDim.x + threadIdx.x; }
@@ -245,12 +245,12 @@ __device__ inline i32 chunks_of(const Product& p) {
     return (p.K + Form::STEPS * Form::DEPTH - 1) / (Form::STEPS * Form::DEPTH);
 }
 
-// This lane's part of a chunk of a tile; of the last tile where there are not so many.
+// Where this lane's part of a chunk of a tile lies; of the last tile where there are not so many.
 template <typename Form>
-__device__ inline uint4 load_chunk(const Product& p, i32 tile, i32 chunk) {
+__device__ inline const uint4* chunk_at(const Product& p, i32 tile, i32 chunk) {
     const i32 last = (p.N + TILE - 1) / TILE - 1;
-    const uint4* const weight = (const uint4*)p.weight;
-    return load_weights(weight + ((u64)min(tile, last) * chunks_of<Form>(p) + chunk) * WARP + threadIdx.x % WARP);
+    const u64 before = (u64)min(tile, last) * chunks_of<Form>(p) + chunk;
+    return (const uint4*)p.weight + before * WARP + threadIdx.x % WARP;
 }
 
 // What a chunk gives to the sums of ROW_TILES times 16 rows, from first_row on, and of TILES tiles, from `tile` on.
@@ -297,7 +297,7 @@ __device__ void few_rows(const Product& p) {
         uint4 loaded[IN_FLIGHT][1];
 #pragma unroll
         for (i32 i = 0; i < IN_FLIGHT; ++i)
-            if (first + i < end) loaded[i][0] = load_chunk<Form>(p, tile, first + i);
+            if (first + i < end) loaded[i][0] = load_once(chunk_at<Form>(p, tile, first + i));
 #pragma unroll
         for (i32 i = 0; i < IN_FLIGHT; ++i)
             if (first + i < end) add_chunk<Form>(p, first_row, tile, first + i, loaded[i], sum);
@@ -317,8 +317,9 @@ __device__ void few_rows(const Product& p) {
 
 const i32 WARP_ROWS = 32, WARP_OUTPUTS = 32, BLOCK_ROWS = 4 * WARP_ROWS, BLOCK_OUTPUTS = 2 * WARP_OUTPUTS;
 
-// Many rows: a warp has WARP_ROWS of them and WARP_OUTPUTS outputs, and takes one part of their sums after the other.
-// Grid: ceil(N / BLOCK_OUTPUTS) * ceil(M / BLOCK_ROWS).
+// Many rows: a warp has WARP_ROWS of them and WARP_OUTPUTS outputs, and takes one part of their sums after the other,
+// with the weights of the next chunk on their way. Four warps read the same ones. Grid: ceil(N / BLOCK_OUTPUTS) *
+// ceil(M / BLOCK_ROWS).
 template <typename Form>
 __device__ void many_rows(const Product& p) {
     constexpr i32 ROW_TILES = WARP_ROWS / 16, TILES = WARP_OUTPUTS / TILE;
@@ -331,11 +332,18 @@ __device__ void many_rows(const Product& p) {
     for (i32 part = 0; part < WARPS; ++part) {
         const i32 begin = part * share_of<Form>(p), end = min(begin + share_of<Form>(p), chunks_of<Form>(p));
         typename Form::Sum sum[ROW_TILES][TILES][4] = {};
+        uint4 next[TILES];
+#pragma unroll
+        for (i32 t = 0; t < TILES; ++t)
+            if (begin < end) next[t] = __ldg(chunk_at<Form>(p, tile + t, begin));
 #pragma unroll 1
         for (i32 chunk = begin; chunk < end; ++chunk) {
             uint4 loaded[TILES];
 #pragma unroll
-            for (i32 t = 0; t < TILES; ++t) loaded[t] = load_chunk<Form>(p, tile + t, chunk);
+            for (i32 t = 0; t < TILES; ++t) {
+                loaded[t] = next[t];
+                if (chunk + 1 < end) next[t] = __ldg(chunk_at<Form>(p, tile + t, chunk + 1));
+            }
             add_chunk<Form>(p, first_row, tile, chunk, loaded, sum);
         }
 #pragma unroll

@@ -60,6 +60,11 @@ inline float sinpif(float x) { return std::sin(M_PI * x); }
 
 inline float cospif(float x) { return std::cos(M_PI * x); }
 
+template <typename T>
+T __ldg(const T* from) {
+    return *from;
+}
+
 inline int __clz(int bits) { return std::countl_zero(unsigned(bits)); }
 
 // Four bytes, each chosen by four bits of `selector` from those of `low` (0 to 3) and `high` (4 to 7).

@@ -47,7 +47,7 @@ class EmulatedDevice:
     """
 
     threads = 4
-    blocks = 2
+    blocks, multiprocessors = 2, 1
     stream = 7
 
     def __init__(self, kernels: HostKernels, memory: int = 2**32) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from cuda.bindings import driver
 
 from bar_edge.runtime.engines.cuda.compiler import OPTIONS, compile_source
@@ -38,7 +39,10 @@ class GpuKernels:
         values = [np.array(arg) if isinstance(arg, np.generic) else _address(arg, copies) for arg in args]
         addresses = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
         _checked(driver.cuLaunchKernel(function, grid, 1, 1, block, 1, 1, 0, 0, ctypes.addressof(addresses), 0))
-        _checked(driver.cuCtxSynchronize())
+        try:
+            _checked(driver.cuCtxSynchronize())
+        except RuntimeError as error:  # the context is broken: every test after this one would fail for it
+            pytest.exit(f"{name}: {error}", returncode=1)
         for copy in copies.values():
             copy.read_back()
 

@@ -12,7 +12,7 @@ from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines import Batch, choose, status
 from bar_edge.runtime.engines.cuda import device as device_module
 from bar_edge.runtime.engines.cuda.engine import check_capability, profiles, start
-from bar_edge.runtime.engines.cuda.graphs import scratch_bytes
+from bar_edge.runtime.engines.cuda.graphs import block_rows, scratch_bytes
 from bar_edge.runtime.engines.cuda.layers import check
 from bar_edge.runtime.engines.cuda.loop import buffer_sizes
 from bar_edge.runtime.engines.cuda.module import THREADS
@@ -255,6 +255,13 @@ def test_profiles_double_while_all_fit_together(patch1, prepacked):
     assert max(profile.rows for profile in profiles(patch1.spec, passes, weights, 2**50)) == 512
 
 
+def test_many_rows_take_larger_blocks_where_these_keep_the_whole_gpu_busy():
+    assert [block_rows(rows, 768, 132) for rows in (1, 16, 17, 64, 65, 512)] == [16, 16, 32, 64, 64, 64]
+    assert block_rows(11 * 128, 768, 132) == 128  # 11 x 12 blocks
+    assert block_rows(11 * 128 - 128, 768, 132) == 64
+    assert block_rows(65, 768, 12) == 128
+
+
 # -- on a driver ------------------------------------------------------------------------------------------------------
 
 
@@ -301,7 +308,7 @@ def test_a_start_that_fails_holds_nothing(patch1, prepacked, driver, change, err
     change(driver)
     if error is None:
         engine = start(prepacked(patch1.bundle), 1)
-        with pytest.raises(EngineError, match="the CUDA driver answered CUDA_ERROR_INVALID_VALUE"):
+        with pytest.raises(EngineError, match="answered CUDA_ERROR_INVALID_VALUE to cuLaunchKernel of "):
             engine.sample(batch_of(patch1.bundle, [1]))
         engine.close()
     else:

@@ -353,6 +353,14 @@ def test_a_device_that_does_not_start_leaves_nothing_behind(driver, monkeypatch)
     assert not any(driver.held.values()), driver.held
 
 
+def test_a_context_that_a_kernel_broke_is_given_up(driver):
+    device = CudaDevice()
+    driver.answers["cuStreamSynchronize"] = CUresult.CUDA_ERROR_INVALID_VALUE
+    with pytest.raises(EngineError, match="answered CUDA_ERROR_INVALID_VALUE to cuStreamSynchronize"):
+        device.close()
+    assert not driver.held["context"]
+
+
 # ---- a real one ----
 
 
@@ -364,6 +372,7 @@ def test_a_real_gpu_does_the_same():
     with device.current():
         token, copied = device.allocate(4), device.allocate(4)
         device.upload(token, np.array([41], np.int32))
+        device.launch("advance", 1, (token,))  # loads it, which a capture may not allow
         graph = device.capture(lambda: device.launch("advance", 1, (token,)))
         begin = device.record()
         for _ in range(3):
@@ -372,7 +381,7 @@ def test_a_real_gpu_does_the_same():
         device.copy(copied, token, 4)
         found = np.zeros(1, np.int32)
         device.download(copied, found)
-        assert found == 44
+        assert found == 45
         free = device.free_bytes()
         with pytest.raises(MemoryError):
             device.allocate(2 * free)
