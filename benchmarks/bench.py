@@ -85,10 +85,14 @@ class Bench:
     """A plan on its way. Within `with` everyone's process lives, so that all can take turns.
 
     They load one after the other, or `load_together`, which is faster and makes their `load_seconds` those of a crowd.
+    Who takes longer than `answer_seconds` to load or to answer has failed; None waits for everyone.
     """
 
-    def __init__(self, plan: Plan, progress: Progress, *, load_together: bool = False) -> None:
+    def __init__(
+        self, plan: Plan, progress: Progress, *, load_together: bool = False, answer_seconds: float | None = None
+    ) -> None:
         self._plan, self._progress, self._together = plan, progress, load_together
+        self._answer_seconds = answer_seconds
         self._stack = ExitStack()
         self._runs = [_Run(entrant) for entrant in plan.entrants()]
         self._meters, self._unmetered = energy.find_meters()
@@ -147,14 +151,13 @@ class Bench:
                     self._explain(run, worker, batch)
 
     def _start(self, stack: ExitStack) -> None:
-        threads = self._plan.threads
         for meter in self._meters:
             stack.callback(meter.close)
-        described = Contender("machine", f"{CONTENDERS}:Machine", {"threads": threads})
-        self._machine = stack.enter_context(Worker(described, threads))
+        described = Contender("machine", f"{CONTENDERS}:Machine", {"threads": self._plan.threads})
+        self._machine = stack.enter_context(self._worker(described))
         waiting = [run for run in self._runs if not run.entrant.unavailable]
         with ThreadPoolExecutor(len(self._runs) if self._together else 1) as pool:
-            loading = [(run, pool.submit(Worker, run.entrant.contender, threads)) for run in waiting]
+            loading = [(run, pool.submit(self._worker, run.entrant.contender)) for run in waiting]
             for i, (run, worker) in enumerate(loading):
                 self._progress(f"loading {run.name}", i, len(loading))
                 try:
@@ -167,9 +170,12 @@ class Bench:
                     self._check_model(run, run.worker)
         self._gpu = self._start_gpu(stack) if any(run.device == "gpu" for run in self._runs) else None
 
+    def _worker(self, contender: Contender) -> Worker:
+        return Worker(contender, self._plan.threads, self._answer_seconds)
+
     def _start_gpu(self, stack: ExitStack) -> Worker | None:
         try:
-            gpu = stack.enter_context(Worker(Contender("GPU", f"{CONTENDERS}:Gpu"), self._plan.threads))
+            gpu = stack.enter_context(self._worker(Contender("GPU", f"{CONTENDERS}:Gpu")))
         except ContenderError as error:
             self._no_gpu_best = f"the GPU's memory cannot be measured: {error}"
             return None

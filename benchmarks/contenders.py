@@ -22,7 +22,7 @@ from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines import TokenProgress
 from bar_edge.runtime.engines.cuda.device import CudaDevice
 from bar_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from bar_edge.runtime.noise import NoiseSource, SeededNoise
+from bar_edge.runtime.noise import NoiseSource, RecordedNoise, SeededNoise
 from bar_edge.runtime.sampling import to_fine_grid, to_uint8
 from bar_edge.runtime.spec import ModelSpec, Recipe
 
@@ -33,9 +33,10 @@ Bits = NDArray[np.uint8]
 class Drawn:
     """One batch.
 
-    `seconds` are samples of image (the whole batch, per image: noise, prefix, tokens, decoder, pixels) and, from those
-    who tell the host of every token, of first_token (from the request on), token (between two) and decode (from the
-    last token to pixels). Bits and pixels are those drawn last.
+    `seconds` are samples of image (the whole batch, per image: noise, prefix, tokens, decoder, pixels; PyTorch on a GPU
+    finds its noise made) and, on the CPU, of first_token (from the request on), token (between two) and decode (from
+    the last token to pixels): on a GPU the host could hear of a token only by waiting for it. Bits and pixels are those
+    drawn last.
     """
 
     bits: Bits  # [B, cells, token_size]
@@ -54,7 +55,10 @@ class Judgement:
 
 
 class PyTorch:
-    """The reference model of `export/model.py`: eager as the authors run it, or compiled over a static cache."""
+    """The reference model of `export/model.py`: eager as the authors run it, or compiled over a static cache.
+
+    Compiled, its functions and the decoder are CUDA graphs on a GPU (`static_cache.py`).
+    """
 
     def __init__(
         self,
@@ -70,11 +74,13 @@ class PyTorch:
     ) -> None:
         import torch
 
+        from bar_edge.benchmarks.static_cache import Captured
         from bar_edge.export.checkpoint import load_checkpoint
         from bar_edge.export.model import build_decoder, build_generator
 
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32  # or the decoder's convolutions round to it anyway
         checkpoint = load_checkpoint(Path(generator), Path(tokenizer), Path(config) if config else None)
         kind = getattr(torch, dtype)
         self._torch, self._compiled = torch, compiled
@@ -83,9 +89,11 @@ class PyTorch:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._synchronize = torch.cuda.synchronize if self._device == "cuda" else None
         self._model = build_generator(checkpoint, kind).to(self._device)
-        self._decoder = build_decoder(checkpoint, kind).to(self._device)
-        self._traffic = traffic.of_modules(self._model, self._decoder, len(self._recipe.allocation))
+        decoder = build_decoder(checkpoint, kind).to(self._device)
+        self._to_pixels = Captured(decoder) if compiled and self._device == "cuda" else decoder
+        self._traffic = traffic.of_modules(self._model, decoder, len(self._recipe.allocation))
         self._samplers: dict[int, Any] = {}
+        self._noise: dict[tuple[int, int], RecordedNoise] = {}  # of (images, seed), the last one's
 
     def spec(self) -> ModelSpec:
         """Of the checkpoint."""
@@ -97,14 +105,15 @@ class PyTorch:
 
     def draw(self, images: int, seed: int, least_seconds: float = 0) -> Drawn:
         """Draw, decode and time a batch, again and again until so many seconds have passed."""
+        on_gpu = self._synchronize is not None
 
         def draw(
             class_ids: NDArray[np.int64], noise: NoiseSource, progress: TokenProgress
         ) -> tuple[Bits, NDArray[np.uint8]]:
-            bits = self._sample(class_ids, noise, progress)
+            bits = self._sample(class_ids, noise, None if on_gpu else progress)
             return bits, to_uint8(self._decode(bits))
 
-        return _timed(draw, self._spec, images, seed, least_seconds, self._synchronize)
+        return _timed(draw, self._spec, *self._request(images, seed), least_seconds)
 
     def judge(self, bits: Bits, seed: int) -> Judgement:
         """Repeat the decisions behind someone's `bits` [B, cells, token_size]."""
@@ -118,7 +127,7 @@ class PyTorch:
 
     def profile(self, images: int, seed: int) -> dict[str, Any]:
         """Where the time of one image goes (`profiles.StageSplit` as a dict)."""
-        class_ids, noise = _request(self._spec, images, seed)
+        class_ids, noise = self._request(images, seed)
         owner = self._sampler(images) if self._compiled else self._model
         split = profiles.split_pytorch(
             owner, self._sample, self._decode, self._spec, self._recipe, class_ids, noise, compiled=self._compiled,
@@ -129,6 +138,19 @@ class PyTorch:
     def traffic(self, images: int) -> dict[str, Any]:
         """Least bytes and operations of a batch, by stage."""
         return {name: asdict(work) for name, work in self._traffic.of_batch(self._spec, self._recipe, images).items()}
+
+    def _request(self, images: int, seed: int) -> tuple[NDArray[np.int64], NoiseSource]:
+        """On a GPU with the noise made: engines compute theirs on the GPU, PyTorch's would come from one CPU core.
+
+        It is kept for the next time, because energy is measured around whole calls.
+        """
+        class_ids, noise = _request(self._spec, images, seed)
+        if self._synchronize is None:
+            return class_ids, noise
+        if (images, seed) not in self._noise:
+            uniforms = noise.uniforms(self._spec.num_tokens, len(self._recipe.allocation), self._spec.bits_per_token)
+            self._noise = {(images, seed): RecordedNoise(*uniforms)}
+        return class_ids, self._noise[images, seed]
 
     def _sample(self, class_ids: NDArray[np.int64], noise: NoiseSource, progress: TokenProgress | None) -> Bits:
         from bar_edge.export.model import generate_bits
@@ -143,7 +165,7 @@ class PyTorch:
     def _decode(self, bits: Bits) -> NDArray[np.float32]:
         with self._torch.inference_mode():
             pixels: NDArray[np.float32] = (
-                self._decoder(self._torch.from_numpy(bits).to(self._device)).float().cpu().numpy()
+                self._to_pixels(self._torch.from_numpy(bits).to(self._device)).float().cpu().numpy()
             )
         return pixels
 
@@ -183,7 +205,7 @@ class OnEngine:
             bits, pictures = bar.draw(class_ids, self._bundle.recipe, noise, progress)
             return bits, np.stack([np.asarray(picture) for picture in pictures])
 
-        return _timed(draw, self._bundle.spec, images, seed, least_seconds)
+        return _timed(draw, self._bundle.spec, *_request(self._bundle.spec, images, seed), least_seconds)
 
     def profile(self, images: int, seed: int) -> dict[str, Any]:
         """Where the time of one image goes. On ONNX Runtime the last thing to ask for: the engine is closed first."""
@@ -254,27 +276,23 @@ def _request(spec: ModelSpec, images: int, seed: int) -> tuple[NDArray[np.int64]
 def _timed(
     draw: Callable[[NDArray[np.int64], NoiseSource, TokenProgress], tuple[Bits, NDArray[np.uint8]]],
     spec: ModelSpec,
-    images: int,
-    seed: int,
+    class_ids: NDArray[np.int64],
+    noise: NoiseSource,
     least_seconds: float,
-    synchronize: Callable[[], None] | None = None,
 ) -> Drawn:
-    class_ids, noise = _request(spec, images, seed)
     samples: dict[str, list[float]] = {}
     started = time.perf_counter()
     while True:
         stamps: list[float] = []
 
         def stamp(done: int, total: int, stamps: list[float] = stamps) -> None:
-            if synchronize is not None:
-                synchronize()
             stamps.append(time.perf_counter())
 
         begin = time.perf_counter()
         bits, pixels = draw(class_ids, noise, stamp)
         end = time.perf_counter()
-        samples.setdefault("image", []).append((end - begin) / images)
-        if len(stamps) == spec.num_tokens:  # on a GPU of ours the host hears of the last token only
+        samples.setdefault("image", []).append((end - begin) / len(class_ids))
+        if len(stamps) == spec.num_tokens:  # engines on a GPU tell of the last token only, PyTorch there of none
             samples.setdefault("first_token", []).append(stamps[0] - begin)
             samples.setdefault("token", []).extend(np.diff(stamps).tolist())
             samples.setdefault("decode", []).append(end - stamps[-1])

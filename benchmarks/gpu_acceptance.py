@@ -14,8 +14,9 @@ a C compiler. Where bar-edge is not installed, a link and what setuptools (77 or
 Parts, in order: which engines work here and why the others do not; the tests of our kernels that run on a GPU; the demo
 as it is and quantized, led along what ONNX Runtime draws; products of our own beside PyTorch's; random weights in
 published shapes, fp16 and with 8-bit weights, timed by `bench` beside PyTorch on the GPU, alone and in growing batches;
-then beside compiled PyTorch. What fails is in the report with its reason, and the other parts go on. A part for which
-too little of the budget is left is in the report as not run. The report is written anew, whole, after every part.
+then beside compiled PyTorch, replayed as CUDA graphs. What fails is in the report with its reason, and the other parts
+go on; what runs on the GPU runs in processes of its own, which are killed where they hang. A part for which too little
+of the budget is left is in the report as not run. The report is written anew, whole, after every part.
 
 It takes about 20 GB of memory and 30 GB under TMPDIR. Not yet run on a GPU.
 """
@@ -30,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +45,7 @@ from rich.console import Console
 from bar_edge.benchmarks import gpu_products, tables
 from bar_edge.benchmarks.bench import Bench
 from bar_edge.benchmarks.eight_bit import eight_bit
-from bar_edge.benchmarks.measure import Report, save, stamp
+from bar_edge.benchmarks.measure import Contender, ContenderError, Report, Worker, save, stamp
 from bar_edge.benchmarks.plan import Baseline, Plan
 from bar_edge.benchmarks.random_checkpoint import random_generator, random_tokenizer, write_checkpoint
 from bar_edge.calibration.quantizer import PRECISIONS, quantize_bundle
@@ -61,7 +62,8 @@ from bar_edge.runtime.generator import Generator
 from bar_edge.runtime.noise import SeededNoise
 from bar_edge.runtime.spec import VARIANTS
 
-_KERNEL_TESTS = ("-q", "tests/runtime/engines/cuda", "-k", "gpu", "-p", "no:cacheprovider")
+_MODULE = "bar_edge.benchmarks.gpu_acceptance"  # by which other processes know it, also where it is run as a command
+_KERNEL_TESTS = ("-q", "tests/runtime/engines/cuda", "-k", "gpu and not cubin", "-p", "no:cacheprovider")
 _TOLD_LINES = 20  # of the tests' output: what failed, and why tests were skipped
 _DEMO_IMAGES, _DEMO_CALIBRATION = 16, 8
 _EAGER, _COMPILED = ("fp32", "tf32", "bf16"), ("fp32", "compiled-bf16")  # fp32 proves the others and is not timed
@@ -69,9 +71,11 @@ _ROUNDS, _FEWER_ROUNDS = 5, 2  # of single images, and of larger batches
 _LEAST_SECONDS = 1.0  # that everyone draws in a round: NVML counts energy in steps of about a tenth
 # What a part is reckoned to take at most on an H200 with 16 cores, not measured yet: it is not begun if less is left.
 # Eager PyTorch launches about 1,000 kernels a token whatever the batch, 3 to 5 s for BAR-B; compiling takes a minute.
-_SECONDS = {"kernels": 60, "demo": 40, "products": 40, "bundles": 90}
+_SECONDS = {"kernels": 60, "demo": 60, "products": 40, "bundles": 90}
 _EAGER_SECONDS = {"bar_b": (120, 65), "bar_b_patch4": (60, 20)}  # batch 1, processes included; a larger batch
 _COMPILED_SECONDS = {"bar_b": 110, "bar_b_patch4": 90}
+_HANGS = 2  # times what a part is reckoned to take: then its process is killed
+_ANSWER_SECONDS = 150  # then a contender is: the longest answer, compiling and drawing, should take half of that
 
 
 @dataclass(frozen=True)
@@ -168,10 +172,8 @@ def compiled(source: Bundle) -> Iterator[tuple[str, Bundle | str]]:
                 yield name, str(error)
 
 
-def judged(source: Bundle, made: Bundle | str) -> dict[str, Any]:
+def judged(source: Bundle, made: Bundle) -> dict[str, Any]:
     """The self-test, and decisions beside those of ONNX Runtime from the same past with the same noise."""
-    if isinstance(made, str):
-        return {"failed": made}
     classes, noise = np.arange(_DEMO_IMAGES) % source.spec.num_classes, SeededNoise(3, range(_DEMO_IMAGES))
     try:
         with Generator(source, engine="onnxruntime") as reference, Generator(made) as ours:
@@ -188,6 +190,17 @@ def judged(source: Bundle, made: Bundle | str) -> dict[str, Any]:
             }
     except BarEdgeError as error:
         return {"failed": str(error)}
+
+
+class Judge:
+    """`judged` as a contender: after an error of CUDA its process can do nothing more, and no other bundle is in it."""
+
+    def __init__(self, *, source: str, made: str) -> None:
+        self._source, self._made = Bundle.open(Path(source)), Bundle.open(Path(made))
+
+    def verdict(self) -> dict[str, Any]:
+        """What `judged` says."""
+        return judged(self._source, self._made)
 
 
 def summary(report: Report) -> Iterator[Any]:
@@ -223,9 +236,11 @@ def _kernels() -> dict[str, Any]:
     if importlib.util.find_spec("pytest") is None:
         raise EngineError("pytest is not installed; the kernels' tests need it")
     command = [sys.executable, "-m", "pytest", *_KERNEL_TESTS]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = _run(command, "kernels")
+    counts = done.stdout.strip().rpartition("\n")[2]  # pytest is content where every test was skipped
     told = (done.stdout + done.stderr).strip().splitlines()[-_TOLD_LINES:]
-    return {"passed": done.returncode == 0, "summary": told, "command": shlex.join(command[1:])}
+    passed = done.returncode == 0 and " skipped" not in counts
+    return {"passed": passed, "summary": told, "command": shlex.join(command[1:])}
 
 
 def _demo(folder: Path) -> dict[str, dict[str, Any]]:
@@ -241,23 +256,47 @@ def _demo(folder: Path) -> dict[str, dict[str, Any]]:
             sources[precision] = quantize_bundle(exact, calibration, output, precision=precision, measure=False)
         except BarEdgeError as error:
             sources[precision] = str(error)
+    with ThreadPoolExecutor() as pool:  # at once: if all hang, that takes no longer than one
+        judging = {
+            name: {engine: pool.submit(_judged_apart, source, made) for engine, made in compiled(source)}
+            for name, source in sources.items()
+            if isinstance(source, Bundle)
+        }
     return {
         name: {"quantize": {"failed": source}}
         if isinstance(source, str)
-        else {engine: judged(source, made) for engine, made in compiled(source)}
+        else {engine: verdict.result() for engine, verdict in judging[name].items()}
         for name, source in sources.items()
     }
+
+
+def _judged_apart(source: Bundle, made: Bundle | str) -> dict[str, Any]:
+    """`judged` in a process of its own, or why there is no verdict."""
+    if isinstance(made, str):
+        return {"failed": made}
+    judge = Contender(made.path.name, f"{_MODULE}:Judge", {"source": str(source.path), "made": str(made.path)})
+    try:
+        with Worker(judge, 1, _SECONDS["demo"]) as worker:
+            verdict: dict[str, Any] = worker.call("verdict")
+            return verdict
+    except ContenderError as error:
+        return {"failed": str(error)}
 
 
 def _products(folder: Path) -> list[dict[str, Any]]:
     """`gpu_products`, in a process that gives the GPU's memory back."""
     output = folder / "products.json"
     command = [sys.executable, "-m", "bar_edge.benchmarks.gpu_products", "-o", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = _run(command, "products")
     if done.returncode:
         raise EngineError("\n".join(done.stderr.strip().splitlines()[-_TOLD_LINES:]))
     found: list[dict[str, Any]] = json.loads(output.read_text())["products"]
     return found
+
+
+def _run(command: Sequence[str], part: str) -> "subprocess.CompletedProcess[str]":
+    """Run a part of the acceptance and keep what it says. Raises TimeoutExpired where it hangs."""
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_HANGS * _SECONDS[part])
 
 
 def _made(acceptance: Acceptance, name: str, future: "Future[Made]") -> Made | None:
@@ -291,7 +330,7 @@ def _time(
                 made.bundles, baseline=Baseline(*made.checkpoint, forms=forms, reference_timed=False), engines=(),
                 batch_sizes=batches, rounds=_ROUNDS, warmup=1, threads=0, seed=0, command=acceptance.report["command"],
             )  # fmt: skip
-            return stack.enter_context(Bench(plan, acceptance.tell, load_together=True))
+            return stack.enter_context(Bench(plan, acceptance.tell, load_together=True, answer_seconds=_ANSWER_SECONDS))
 
         def measure(batch_size: int) -> Report:
             if not running:

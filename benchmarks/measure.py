@@ -41,11 +41,15 @@ class Contender:
 
 
 class Worker:
-    """A contender in a process of its own, with as many threads in every library as `threads` says."""
+    """A contender in a process of its own, with as many threads in every library as `threads` says.
 
-    def __init__(self, contender: Contender, threads: int) -> None:
+    One that takes longer than `answer_seconds` to load or to answer, such as one that waits for a kernel without an
+    end, is killed. None: it may take as long as it likes.
+    """
+
+    def __init__(self, contender: Contender, threads: int, answer_seconds: float | None = None) -> None:
         """Start the process and load the contender. Raises ContenderError."""
-        self.contender = contender
+        self.contender, self._answer_seconds = contender, answer_seconds
         context = multiprocessing.get_context("spawn")
         self._pipe, remote = context.Pipe()
         self._process = context.Process(target=_serve, args=(remote,), daemon=True)
@@ -91,6 +95,9 @@ class Worker:
     def _ask(self, question: tuple[Any, ...]) -> Any:
         try:
             self._pipe.send(question)
+            if not self._pipe.poll(self._answer_seconds):
+                self._process.kill()
+                raise ContenderError(f"no answer within {self._answer_seconds:g} s; its process was killed")
             ok, answer = self._pipe.recv()
         except (EOFError, OSError) as error:
             raise ContenderError("the process ended without an answer (out of memory?)") from error

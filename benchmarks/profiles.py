@@ -1,7 +1,7 @@
 """Where the time of an image goes: prefix, trunk, head passes, sampling, decoder, host.
 
 Measured in a pass of its own, because looking costs time: the wall time of that pass is told beside the split, and no
-other figure comes from it but the time of a token on a GPU. ONNX Runtime runs trunk, head and sampling as one graph, so
+other figure comes from it but the times of tokens on a GPU. ONNX Runtime runs trunk, head and sampling as one graph, so
 the split adds up the kernel times of its profiler by what each node computes; a GPU of ours is asked by events around
 the parts of the loop; PyTorch is split by timers around its modules. The host's part is what remains: noise, buffers,
 dispatch, and the profiler itself.
@@ -48,7 +48,7 @@ class StageSplit:
     wall_seconds: float
     method: str
     overhead: float | None = None  # wall time over that of an unprofiled batch just before; None: timers only
-    token_seconds: list[float] | None = None  # of every token, where only the device knows
+    token_seconds: list[float] | None = None  # where the host does not hear of tokens while an image is timed
 
 
 class SplitGenerator(Generator):
@@ -127,14 +127,14 @@ def split_pytorch(
     spec: ModelSpec,
     recipe: Recipe,
     class_ids: NDArray[np.int64],
-    noise: SeededNoise,
+    noise: NoiseSource,
     *,
     compiled: bool,
     synchronize: Callable[[], None] | None,
 ) -> StageSplit:
     """Split one batch of the reference. `owner` is the generator, or the sampler with the compiled functions.
 
-    `synchronize` waits for the GPU that it runs on.
+    `synchronize` waits for the GPU that it runs on; tokens are then timed here, from the second on.
     """
     if compiled:
         sample(class_ids, noise, None)  # compiles
@@ -146,12 +146,20 @@ def split_pytorch(
         )  # fmt: skip
         method = "timers around modules; sampling is the rest of the token loop"
     if synchronize is not None:
-        method += "; the GPU is waited for after each"
+        method += "; the GPU is waited for before and after each"
+        method += ", and these are CUDA graphs" if compiled else ""
     begin = time.perf_counter()
     recorded = RecordedNoise(*noise.uniforms(spec.num_tokens, len(recipe.allocation), spec.bits_per_token))
     noised = time.perf_counter()
+    stamps: list[float] = []
+
+    def stamp(done: int, total: int) -> None:
+        if synchronize is not None:
+            synchronize()
+            stamps.append(time.perf_counter())
+
     with _timers(parts, synchronize) as seconds:
-        bits = sample(class_ids, recorded, None)
+        bits = sample(class_ids, recorded, stamp)
     sampled = time.perf_counter()
     pixels = decode(bits)
     decoded = time.perf_counter()
@@ -163,7 +171,8 @@ def split_pytorch(
         host += loop
     else:
         seconds["sampling"] = loop
-    return StageSplit({**seconds, "decode": decoded - sampled, "host": host}, end - begin, method)
+    tokens = np.diff(stamps).tolist() or None
+    return StageSplit({**seconds, "decode": decoded - sampled, "host": host}, end - begin, method, token_seconds=tokens)
 
 
 def stages_of_nodes(path: Path) -> dict[str, str]:
@@ -303,6 +312,8 @@ def _timed(
     function: Callable[..., Any], seconds: dict[str, float], stage: str, synchronize: Callable[[], None] | None
 ) -> Callable[..., Any]:
     def call(*arguments: Any, **named: Any) -> Any:
+        if synchronize is not None:
+            synchronize()  # or what was put into the stream before would count
         begin = time.perf_counter()
         result = function(*arguments, **named)
         if synchronize is not None:

@@ -1,7 +1,8 @@
 """The reference model with a preallocated KV cache and fixed shapes: what `torch.compile` can make one graph of.
 
 The modules and weights are those of `export/model.py`; only attention is replaced. The step of a token is two compiled
-functions, trunk and head, that see the same shapes at every token.
+functions, trunk and head, that see the same shapes at every token. On a GPU they are replayed as CUDA graphs, and the
+prefix, which is not compiled, as well: our engines replay theirs, so launches from the host would be what is compared.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,14 +13,66 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bar_edge.export.model import Attention, Generator, sample_token
+from bar_edge.runtime.errors import EngineError
 from bar_edge.runtime.noise import NoiseSource
 from bar_edge.runtime.sampling import guidance_at
 from bar_edge.runtime.spec import Recipe
+
+_WARM_UPS = 3  # the first compiles, all load kernels and allocate what a capture may not
+# A function of tensors at fixed addresses -> what computes it again, and the tensor where the result then is.
+Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 
 
 def compile_static(function: Callable[..., Any]) -> Any:
     """One graph for one set of shapes."""
     return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def capture_cuda(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """A CUDA graph of what `function` launches.
+
+    The function runs several times before that: doing again what it did must change nothing. Raises EngineError if it
+    does what cannot be captured.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UPS):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            output = function()
+    except Exception as error:
+        cause = error.__context__ or error  # the end of a broken capture raises once more
+        raise EngineError(
+            f"PyTorch did what a CUDA graph cannot hold ({type(cause).__name__}: {cause}); launched from the host it "
+            "would be no fair baseline, so leave this form out"
+        ) from error
+    return graph.replay, output
+
+
+class Captured:
+    """A function of tensors, captured when shapes are new and replayed from then on.
+
+    What a call returns is overwritten by the next one.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], capture_with: Capture = capture_cuda) -> None:
+        self._function, self._capture_with = function, capture_with
+        self._inputs: tuple[Tensor, ...] = ()  # at the addresses that were captured
+
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        """Raises EngineError if the function cannot be captured."""
+        if [given.shape for given in arguments] != [held.shape for held in self._inputs]:
+            inputs = tuple(given.clone() for given in arguments)
+            self._replay, self._output = self._capture_with(lambda: self._function(*inputs))
+            self._inputs = inputs
+        for held, given in zip(self._inputs, arguments, strict=True):
+            held.copy_(given)
+        self._replay()
+        return self._output
 
 
 class StaticAttention(nn.Module):
@@ -51,11 +104,17 @@ class StaticAttention(nn.Module):
 class StaticCacheSampler:
     """Samples batches of a fixed number of images with a fixed recipe. Takes the generator over: it serves nobody else.
 
-    `compile_with` turns a function into the one that runs; tests pass the identity.
+    `compile_with` turns a function into the one that runs; tests pass the identity. `capture_with` captures what was
+    compiled and the prefix; None captures on a GPU only.
     """
 
     def __init__(
-        self, generator: Generator, images: int, recipe: Recipe, compile_with: Callable[..., Any] = compile_static
+        self,
+        generator: Generator,
+        images: int,
+        recipe: Recipe,
+        compile_with: Callable[..., Any] = compile_static,
+        capture_with: Capture | None = None,
     ) -> None:
         self.spec, self.recipe, self._model = generator.spec, recipe, generator
         self._guided = recipe.guidance > 1
@@ -65,8 +124,12 @@ class StaticCacheSampler:
         for block in generator.blocks:
             attention = block.attn.inner if isinstance(block.attn, StaticAttention) else block.attn
             block.attn = StaticAttention(attention, rows, positions, self.spec.head_dim, dtype)
-        self.trunk = compile_with(self._trunk)
-        self.head = compile_with(self._head)
+        if capture_with is None and generator.cls_token.is_cuda:
+            capture_with = capture_cuda
+        functions = (self._prefix, compile_with(self._trunk), compile_with(self._head))
+        self.prefix, self.trunk, self.head = (
+            function if capture_with is None else Captured(function, capture_with) for function in functions
+        )
 
     @torch.inference_mode()
     def sample(
@@ -81,18 +144,21 @@ class StaticCacheSampler:
         uniforms = noise.uniforms(spec.num_tokens, len(self.recipe.allocation), spec.bits_per_token)
         u_bits, u_confidence = (torch.from_numpy(u).to(device) for u in uniforms)
         embedding = model.class_embedding(rows)  # [rows, 1, D]
+        scales = torch.tensor(
+            [guidance_at(n, self.recipe.guidance, spec.num_tokens) for n in range(spec.num_tokens)], device=device
+        )
+        steps = torch.arange(spec.num_tokens, device=device)
         drawn, latent = [], self.prefix(embedding)
         for n in range(spec.num_tokens):
-            scale = torch.tensor(guidance_at(n, self.recipe.guidance, spec.num_tokens), device=device)
-            bits = self.head(latent, scale, u_bits[n], u_confidence[n])
-            drawn.append(bits.to(torch.uint8))
+            bits = self.head(latent, scales[n], u_bits[n], u_confidence[n])
+            drawn.append(bits.to(torch.uint8))  # a copy: a captured head overwrites its bits
             if progress is not None:
                 progress(n + 1, spec.num_tokens)
             if n + 1 < spec.num_tokens:
-                latent = self.trunk(bits, embedding, torch.tensor([n], device=device))
+                latent = self.trunk(bits, embedding, steps[n : n + 1])
         return torch.stack(drawn, dim=1)
 
-    def prefix(self, embedding: Tensor) -> Tensor:
+    def _prefix(self, embedding: Tensor) -> Tensor:
         """embedding [rows, 1, D] -> latent [rows, W] of the first token; fills the cache. Not compiled."""
         f, b = self.spec.prefix_length, embedding.shape[0]
         x = torch.cat((self._model.cls_token.expand(b, 1, -1), embedding.expand(-1, f - 1, -1)), dim=1)

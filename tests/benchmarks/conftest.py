@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,10 @@ class InProcess:
 
     pid, load_seconds = 0, 0.5
 
-    def __init__(self, contender: Contender, threads: int) -> None:
-        _, _, name = contender.factory.partition(":")
+    def __init__(self, contender: Contender, threads: int, answer_seconds: float | None = None) -> None:
+        module, _, name = contender.factory.partition(":")
         small = {"Machine": {"mebibytes": 1, "matrix": 8}, "Gpu": {"mebibytes": COPIED // 2**20, "copies": 3}}
-        self._contender = getattr(contenders, name)(**{**contender.arguments, **small.get(name, {})})
+        self._contender = getattr(import_module(module), name)(**{**contender.arguments, **small.get(name, {})})
 
     def __enter__(self) -> "InProcess":
         return self

@@ -16,6 +16,7 @@ from bar_edge.benchmarks import bench, gpu_acceptance, measure
 from bar_edge.benchmarks.eight_bit import eight_bit
 from bar_edge.benchmarks.gpu_products import Figure
 from bar_edge.benchmarks.random_checkpoint import random_tokenizer
+from bar_edge.calibration.quantizer import PRECISIONS
 from bar_edge.runtime import engines
 from bar_edge.runtime.engines.cuda.device import host_sm
 from bar_edge.runtime.errors import EngineError
@@ -24,6 +25,28 @@ from bar_edge.runtime.noise import SeededNoise
 from bar_edge.runtime.spec import VARIANTS, Variant
 
 from .conftest import InProcess
+
+
+class InPlace:
+    """An executor that does what it is given at once."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
 
 FIGURE = Figure(768, 2304, "fp16", 2, 16, True, 3e-6, 768 * 2304 * 2)
 
@@ -119,13 +142,54 @@ def test_a_bundle_is_judged_beside_onnxruntime(emulated_gpu, small, prepacked):
     assert emulated_gpu  # or ONNX Runtime was judged beside itself
 
 
-def test_what_cannot_be_made_or_run_is_told(small, prepacked, monkeypatch):
-    assert gpu_acceptance.judged(small.bundle, "no library") == {"failed": "no library"}
+def test_what_cannot_be_run_is_told(small, prepacked, monkeypatch):
     usable = engines.Status("onnxruntime", True, "")
     monkeypatch.setattr(
         engines, "status", lambda name: usable if name == "onnxruntime" else engines.Status(name, False, "no driver")
     )
     assert "no driver" in gpu_acceptance.judged(small.bundle, prepacked)["failed"]
+
+
+def test_a_bundle_is_judged_in_a_process_of_its_own(small, prepacked):
+    found = gpu_acceptance._judged_apart(small.bundle, prepacked)
+    assert "cuda" in found["failed"] if host_sm() is None else found["self_test"]["passed"]
+    assert gpu_acceptance._judged_apart(small.bundle, "no library") == {"failed": "no library"}
+
+
+def test_what_breaks_one_judges_process_leaves_the_others_theirs(emulated_gpu, small, prepacked, monkeypatch, tmp_path):
+    broken = small.quantized("int8")
+
+    class Process(InProcess):
+        def __init__(self, contender, threads, answer_seconds):
+            assert answer_seconds > 0  # or a kernel without an end would be waited for
+            if contender.arguments["source"] == str(broken.path):
+                raise measure.ContenderError("the process ended without an answer")
+            super().__init__(contender, threads)
+
+    monkeypatch.setattr(gpu_acceptance, "Worker", Process)
+    monkeypatch.setattr(gpu_acceptance, "ThreadPoolExecutor", InPlace)  # the emulated GPU does one thing at a time
+    monkeypatch.setattr(gpu_acceptance, "export_bundle", lambda *_: small.bundle)
+    monkeypatch.setattr(gpu_acceptance, "collect", lambda *_: None)
+    monkeypatch.setattr(gpu_acceptance, "_DEMO_IMAGES", 2)
+
+    def quantize(exact, calibration, output, *, precision, measure):
+        if precision == "int4-weight":
+            raise EngineError("no room")
+        return broken if precision == "int8" else small.bundle
+
+    def compiled(source):
+        yield "cuda", prepacked
+        yield "tensorrt", "no library"
+
+    monkeypatch.setattr(gpu_acceptance, "quantize_bundle", quantize)
+    monkeypatch.setattr(gpu_acceptance, "compiled", compiled)
+    found = gpu_acceptance._demo(tmp_path)
+    assert list(found) == ["fp32", *PRECISIONS]
+    assert found["int4-weight"] == {"quantize": {"failed": "no room"}}
+    assert found["int8"]["cuda"] == {"failed": "the process ended without an answer"}
+    for name in ("fp32", "int8-weight"):
+        assert found[name]["cuda"]["decisions_differing"] == 0
+        assert found[name]["tensorrt"] == {"failed": "no library"}
 
 
 @pytest.fixture
@@ -166,27 +230,6 @@ def test_8_bit_weights_decide_almost_as_floats_do(small, tmp_path):
 
 
 # ---- all of it ----
-
-
-class InPlace:
-    """An executor that does what it is given at once."""
-
-    def __init__(self, workers, mp_context):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def submit(self, function, *arguments):
-        future = Future()
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
 
 
 @pytest.fixture
@@ -268,10 +311,36 @@ def test_the_kernels_tests_are_those_that_run_on_a_gpu(monkeypatch):
     monkeypatch.setattr(gpu_acceptance.subprocess, "run", run)
     found = gpu_acceptance._kernels()
     assert found == {"passed": False, "summary": ["a", "b", "1 failed"], "command": found["command"]}
-    assert ran[0][1:3] == ["-m", "pytest"] and "-k gpu" in found["command"]
+    assert ran[0][1:3] == ["-m", "pytest"] and "-k 'gpu and not cubin'" in found["command"]
     monkeypatch.setattr(gpu_acceptance.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EngineError, match="pytest is not installed"):
         gpu_acceptance._kernels()
+
+
+@pytest.mark.parametrize(
+    ("counts", "passed"),
+    [("1 passed in 0.31s", True), ("3 skipped in 0.1s", False), ("2 passed, 1 skipped, 4 deselected in 1s", False)],
+)
+def test_kernels_whose_tests_were_skipped_have_not_passed(monkeypatch, counts, passed):
+    told = f"..s\nSKIPPED [1] test_kernels.py:3: the GPU tests skipped this\n{counts}\n"
+    done = SimpleNamespace(returncode=0, stdout=told, stderr="")
+    monkeypatch.setattr(gpu_acceptance.subprocess, "run", lambda *_, **__: done)
+    assert gpu_acceptance._kernels()["passed"] is passed
+
+
+@pytest.mark.parametrize("work", [gpu_acceptance._kernels, lambda: gpu_acceptance._products(Path())])
+def test_a_part_whose_process_hangs_is_killed_and_failed(acceptance, tmp_path, monkeypatch, work):
+    run = subprocess.run
+
+    def hang(command, timeout, **named):
+        assert timeout >= 2 * 40
+        return run([sys.executable, "-c", "import signal; signal.pause()"], timeout=0.2, **named)
+
+    monkeypatch.setattr(gpu_acceptance.subprocess, "run", hang)
+    acceptance.part("hanging", 0, work)
+    acceptance.part("next", 0, lambda: 1)
+    parts = read(tmp_path)["parts"]
+    assert parts["hanging"]["outcome"].startswith("failed: TimeoutExpired") and parts["next"]["outcome"] == "done"
 
 
 def test_products_are_timed_in_a_process_of_their_own(monkeypatch, tmp_path):

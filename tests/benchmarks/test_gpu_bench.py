@@ -1,7 +1,9 @@
 """A bench with a GPU: an emulated one, on whose clock every kernel, graph and copy takes as long."""
 
 import json
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -10,6 +12,7 @@ from bar_edge.benchmarks.measure import ContenderError
 from bar_edge.benchmarks.page import page
 from bar_edge.runtime.engines.cuda.timeline import STAGES
 from bar_edge.runtime.errors import EngineError
+from bar_edge.runtime.noise import RecordedNoise, SeededNoise
 
 from .conftest import COPIED, TICK
 
@@ -72,10 +75,10 @@ def test_a_gpu_that_cannot_be_measured_leaves_the_fraction_out_and_says_why(benc
 
     worker = bench.Worker
 
-    def failing(contender, threads):
+    def failing(contender, *others):
         if contender.factory.endswith(":Gpu"):
             raise bench.ContenderError("EngineError: no driver")
-        return worker(contender, threads)
+        return worker(contender, *others)
 
     monkeypatch.setattr(bench, "Worker", failing)
     with bench_on_gpu as running:
@@ -158,6 +161,61 @@ def test_the_report_is_shown_everywhere(report):
     text = page(report, {}, charts.draw(report))
     assert "the GPU copied at" in text and "GPU&#39;s memory" not in text
     assert "roofline" in charts.draw(report)
+
+
+@pytest.fixture
+def pytorch_on_gpu(small, monkeypatch):
+    """(PyTorch's contender as on a GPU, every time that it was waited for, what it sampled with)."""
+    made = contenders.PyTorch(
+        generator=str(small.generator), tokenizer=str(small.tokenizer), config=str(small.config),
+        recipe=asdict(small.bundle.recipe), threads=1, dtype="float32", compiled=False,
+    )  # fmt: skip
+    waited, sampled_with = [], []
+    sample = made._sample
+
+    def watched(class_ids, noise, progress):
+        sampled_with.append(noise)
+        return sample(class_ids, noise, progress)
+
+    monkeypatch.setattr(made, "_synchronize", lambda: waited.append(1))
+    monkeypatch.setattr(made, "_sample", watched)
+    return made, waited, sampled_with
+
+
+def test_pytorch_on_a_gpu_is_not_waited_for_while_an_image_is_timed(pytorch_on_gpu, small):
+    made, waited, sampled_with = pytorch_on_gpu
+    drawn = made.draw(2, 4)
+    assert set(drawn.seconds) == {"image"} and not waited
+    made.draw(2, 4)
+    assert isinstance(sampled_with[0], RecordedNoise)  # made before the clock ran
+    assert sampled_with[1] is sampled_with[0]  # and before energy is measured
+    expected = small.runtime.sample(np.arange(2), small.bundle.recipe, SeededNoise(4, range(2)))
+    assert (drawn.bits == expected).all()
+
+
+def test_the_time_of_pytorchs_tokens_on_a_gpu_is_from_the_split(pytorch_on_gpu, small):
+    made, waited, _ = pytorch_on_gpu
+    split = made.profile(2, 4)
+    assert len(split["token_seconds"]) == small.spec.num_tokens - 1 and min(split["token_seconds"]) > 0
+    assert sum(split["token_seconds"]) < split["wall_seconds"]
+    assert waited
+
+
+def test_only_tf32_rounds_convolutions_to_it(small, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    precision = torch.get_float32_matmul_precision()
+    arguments = {
+        "generator": str(small.generator), "tokenizer": str(small.tokenizer), "config": str(small.config),
+        "recipe": asdict(small.bundle.recipe), "threads": 1, "dtype": "float32", "compiled": False,
+    }  # fmt: skip
+    try:
+        for tf32 in (False, True):
+            contenders.PyTorch(**arguments, tf32=tf32)
+            assert torch.backends.cudnn.allow_tf32 is tf32
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def test_an_engine_without_a_timeline_is_said_so(small):

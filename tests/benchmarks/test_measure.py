@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 import pytest
 
@@ -36,6 +37,22 @@ def test_peak_memory_is_each_contenders_own(worker):
     with Worker(Contender("large", MACHINE, large), threads=1) as other:
         assert other.peak_rss_bytes() > worker.peak_rss_bytes() + 150 * 2**20
     assert worker.peak_rss_bytes() > 2**20
+
+
+def test_a_contender_that_hangs_is_killed_and_said_so():
+    with Worker(Contender("hanging", "threading:Event"), threads=1, answer_seconds=20) as running:
+        running._answer_seconds = 0.2  # a process takes longer to start
+        with pytest.raises(ContenderError, match=r"no answer within 0\.2 s; its process was killed"):
+            running.call("wait")
+        running._process.join(timeout=60)
+        assert running._process.exitcode == -signal.SIGKILL
+        with pytest.raises(ContenderError, match="ended without an answer"):
+            running.call("is_set")
+
+
+def test_a_contender_that_hangs_while_it_loads_is_killed_too():
+    with pytest.raises(ContenderError, match="its process was killed"):
+        Worker(Contender("hanging", "signal:pause"), threads=1, answer_seconds=0.2)
 
 
 def test_libraries_are_told_the_number_of_threads():

@@ -54,7 +54,8 @@ def test_the_reference_is_split_and_left_as_it_was(small):
     recipe, spec = small.checkpoint.recipe, small.spec
 
     def sample(class_ids, noise, progress):
-        return to_fine_grid(generate_bits(small.reference, class_ids.tolist(), recipe, noise).numpy(), spec)
+        drawn = generate_bits(small.reference, class_ids.tolist(), recipe, noise, progress)
+        return to_fine_grid(drawn.numpy(), spec)
 
     def decode(bits):
         return np.zeros((len(bits), 3, 4, 4), dtype=np.float32)
@@ -67,9 +68,53 @@ def test_the_reference_is_split_and_left_as_it_was(small):
     assert set(split.seconds) == set(profiles.STAGES)
     assert sum(split.seconds.values()) == pytest.approx(split.wall_seconds, rel=0.01)
     assert split.overhead is None
-    assert len(waited) == spec.num_tokens * (1 + len(recipe.allocation))  # a GPU, after every part
+    parts = spec.num_tokens * (1 + len(recipe.allocation))
+    assert len(waited) == 2 * parts + spec.num_tokens  # for a GPU: before and after every part, and after every token
+    assert len(split.token_seconds) == spec.num_tokens - 1
+    assert sum(split.token_seconds) < split.wall_seconds
     assert not {"prefix_latents", "token_latents"} & small.reference.__dict__.keys()
     assert "forward" not in small.reference.lm_head.__dict__
+
+
+class Queue:
+    """A GPU: what is put into its stream takes a second each and is done when it is waited for."""
+
+    def __init__(self):
+        self.now, self.waiting = 0, 0
+
+    def perf_counter(self):
+        return self.now
+
+    def synchronize(self):
+        self.now, self.waiting = self.now + self.waiting, 0
+
+    def step(self):
+        self.waiting += 1
+
+
+def test_a_stage_does_not_pay_for_what_was_in_the_stream_before_it(monkeypatch):
+    gpu = Queue()
+    monkeypatch.setattr(profiles, "time", gpu)
+    gpu.waiting = 5
+    with profiles._timers([(gpu, "step", "trunk")], gpu.synchronize) as seconds:
+        gpu.step()
+    assert seconds == {"trunk": 1}
+
+
+def test_on_the_cpu_the_split_times_no_tokens(small):
+    from bar_edge.export.model import generate_bits
+
+    recipe, spec = small.checkpoint.recipe, small.spec
+
+    def sample(class_ids, noise, progress):
+        drawn = generate_bits(small.reference, class_ids.tolist(), recipe, noise, progress)
+        return to_fine_grid(drawn.numpy(), spec)
+
+    split = profiles.split_pytorch(
+        small.reference, sample, lambda bits: np.zeros((len(bits), 3, 4, 4), np.float32), spec, recipe, np.arange(1),
+        SeededNoise(0, range(1)), compiled=False, synchronize=None,
+    )  # fmt: skip
+    assert split.token_seconds is None
 
 
 def test_kernels_are_given_to_runs_and_made_up_nodes_to_their_neighbours():
