@@ -112,7 +112,7 @@ class Acceptance:
             self._console.print(f"{name} …", highlight=False)
             try:
                 found = work()
-            except Exception as error:  # whatever it is: the GPU may be had for this hour only
+            except Exception as error:  # whatever it is: the other parts go on
                 outcome = f"failed: {type(error).__name__}: {error}"
             else:
                 outcome = "done"
