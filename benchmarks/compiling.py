@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from bar_edge.benchmarks.measure import Contender, Worker, save, stamp
+from bar_edge.runtime.terminal import run_function
 
 
 class Compiling:
@@ -55,4 +56,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_function(main)

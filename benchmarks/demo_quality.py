@@ -21,6 +21,7 @@ from bar_edge.calibration.frechet import judge
 from bar_edge.export.demo import data
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.generator import Generator
+from bar_edge.runtime.terminal import run_function
 
 SEEDS = (1, 2, 3, 4, 5)
 
@@ -104,4 +105,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_function(main)

@@ -25,6 +25,7 @@ from bar_edge.export.checkpoint import load_checkpoint
 from bar_edge.export.demo import data
 from bar_edge.export.model import build_decoder
 from bar_edge.runtime.sampling import to_uint8
+from bar_edge.runtime.terminal import run_function
 
 POOL = 4  # 128 pixels -> 32
 FEATURES = 48
@@ -139,4 +140,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_function(main)

@@ -61,6 +61,7 @@ from bar_edge.runtime.errors import BarEdgeError, EngineError
 from bar_edge.runtime.generator import Generator
 from bar_edge.runtime.noise import SeededNoise
 from bar_edge.runtime.spec import VARIANTS
+from bar_edge.runtime.terminal import run_function
 
 _MODULE = "bar_edge.benchmarks.gpu_acceptance"  # by which other processes know it, also where it is run as a command
 _KERNEL_TESTS = ("-q", "tests/runtime/engines/cuda", "-k", "gpu and not cubin", "-p", "no:cacheprovider")
@@ -374,4 +375,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_function(main)

@@ -27,6 +27,7 @@ from bar_edge.runtime.engines.cuda.graphs import BLOCK_ROWS, PLAIN, block_rows, 
 from bar_edge.runtime.engines.cuda.module import Module, load_products
 from bar_edge.runtime.engines.cuda.resident import CHUNK_BYTES, CHUNK_INPUTS, TILE, Layer
 from bar_edge.runtime.errors import EngineError
+from bar_edge.runtime.terminal import run_function
 
 SHAPES = ((768, 2304), (768, 768), (2048, 11008), (5504, 2048))  # in, out: trunk qkv and proj, head w12 and w3 of BAR-B
 ROWS = (2, 16, 32, 64, 128, 512)
@@ -184,4 +185,4 @@ def main(output: Annotated[Path, typer.Option("-o", "--output", help="JSON to wr
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_function(main)

@@ -25,6 +25,7 @@ from rich.table import Table
 from bar_edge.benchmarks.measure import save, stamp
 from bar_edge.runtime.engines.cuda.compiler import KERNELS, OPTIONS, installed, listing
 from bar_edge.runtime.errors import EngineError
+from bar_edge.runtime.terminal import run_function
 
 SOURCES = tuple(sorted(KERNELS.parent.glob("*.cu")))
 TARGETS = (80, 86, 87, 89, 90, 100, 110, 120)
@@ -165,4 +166,4 @@ def main(output: Annotated[Path, typer.Option("-o", "--output", help="JSON to wr
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_function(main)

@@ -115,8 +115,11 @@ def stamp(command: str) -> Report:
 def save(report: Report, path: Path) -> None:
     """Write a report; the file appears whole."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def peak_rss_bytes() -> int:

@@ -24,6 +24,7 @@ from rich.table import Table
 from bar_edge.benchmarks.contenders import Machine
 from bar_edge.benchmarks.measure import save, stamp
 from bar_edge.runtime.engines.onnxruntime import cpu_count
+from bar_edge.runtime.terminal import run_function
 
 SHAPES = ((2048, 11008), (5504, 2048), (768, 2304), (768, 768))  # in, out: head w12 and w3, trunk qkv and proj
 ROWS = (2, 16)
@@ -141,4 +142,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_function(main)

@@ -16,6 +16,7 @@ import yaml
 
 from bar_edge.export.checkpoint import Tensors, generator_shapes, tokenizer_shapes
 from bar_edge.runtime.spec import VARIANTS, ModelSpec, Recipe
+from bar_edge.runtime.terminal import run_function
 
 DECODER_WIDTH, DECODER_LAYERS = 1024, 24
 
@@ -113,4 +114,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_function(main)

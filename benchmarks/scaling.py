@@ -25,6 +25,7 @@ from rich.table import Table
 from bar_edge.benchmarks.measure import Contender, Report, Worker, save, stamp
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.errors import RequestError
+from bar_edge.runtime.terminal import run_function
 
 _POINTS = 16  # stretches of positions whose median token time is kept
 
@@ -169,4 +170,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_function(main)

@@ -29,7 +29,7 @@ def device_weights(
     """What the graphs of `export/tensorrt_graphs.py` read, by name; each is computed when it is written.
 
     `tensors` and `precisions` (linear layer -> how it is stored) are those of a bundle, `data_type` is TensorProto's
-    type of products. Making one raises BundleError if float16 cannot hold it.
+    type of products. Raises BundleError for 8-bit rows with several scales; making one does if float16 cannot hold it.
     """
     made: dict[str, PendingTensor] = {}
     for name, array in tensors.items():
@@ -41,6 +41,8 @@ def device_weights(
             made[f"{layer}.weight"] = _signed(array, BITS[precision])
         elif part == "block_scale" and precision in BITS:
             if BITS[precision] == 8:  # rows have one scale, which is repeated for every block
+                if (array != array[:, :1]).any():
+                    raise BundleError(f"{name}: 8-bit rows have a scale per block, GPUs take one a row; quantize again")
                 made[f"{layer}.weight_scale"] = _as_is(array[:, 0])
             else:
                 # a row of a single block is dequantized to memory at every call; as two blocks it is read as it is

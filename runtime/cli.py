@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bar_edge.runtime.errors import BarEdgeError, RequestError
+from bar_edge.runtime.errors import RequestError
+from bar_edge.runtime.terminal import err, run
 
 app = typer.Typer(
     help="Run trained BAR image generators without PyTorch: export, generate, verify.",
@@ -25,7 +26,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
 
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
@@ -560,34 +560,9 @@ _EXTRAS = {
 }
 
 
-_INTERRUPTED = 130  # what typer makes of Ctrl-C
-
-
 def main() -> None:
     """Run the command; a BarEdgeError becomes one line and exit code 2."""
-    try:
-        code = app(standalone_mode=False)
-    except BarEdgeError as error:
-        if "--debug" in sys.argv:
-            raise
-        err.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
-        err.print(str(error), markup=False, highlight=False)
-        sys.exit(2)
-    except OSError as error:
-        if "--debug" in sys.argv:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        err.print(f"error: {where}{error.strerror or error}; nothing half-written was left behind", markup=False)
-        sys.exit(2)
-    except Exception as error:
-        show, exit_code = getattr(error, "show", None), getattr(error, "exit_code", None)
-        if show is None or exit_code is None:
-            raise
-        show()  # a mistake on the command line itself, explained by typer
-        sys.exit(exit_code)
-    if code == _INTERRUPTED:
-        err.print("interrupted; nothing half-written was left behind")
-    sys.exit(code if isinstance(code, int) else 0)
+    run(app)
 
 
 class _Bar:

@@ -36,7 +36,7 @@ class Tolerance:
 _RECORDER = "onnxruntime"
 _SAME = Tolerance(0, 1e-3, 1, 1)
 # Compiled engines, executed on the CPU beside records whose activations were rounded otherwise. The demo (12 bits a
-# token) in fp16: no decision flipped, latents 4e-4, 1 level; int8 and weight-only: 0.2 %, 1.6e-2, 2 levels. BAR-B/4
+# token) in fp16: no decision flipped, latents 2e-4, 1 level; int8 and weight-only: 0.2 %, 1.6e-2, 2 levels. BAR-B/4
 # with random weights (256 bits) in fp16: 1.0 %, 4e-4, 1 level; int8: 6.7 %, 1.1e-2, 12 levels, 1.9 root mean square
 # (benchmarks/results/cuda_on_cpu_*.json). A flipped decision changes those of the passes after it, so the fraction
 # grows with the bits of a token; something else altogether draws half of all bits wrong.

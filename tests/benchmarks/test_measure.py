@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -93,3 +94,13 @@ def test_a_report_is_saved_whole(tmp_path):
 
 def test_this_process_has_a_peak():
     assert peak_rss_bytes() > 2**20
+
+
+def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def full(self, target):
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        save({"a": 1}, tmp_path / "report.json")
+    assert not list(tmp_path.iterdir())

@@ -158,3 +158,11 @@ def test_what_is_written_is_what_was_planned(small, tmp_path, form):
     assert not any("zero_points" in name for name in read)
     for name, array in read.items():
         np.testing.assert_array_equal(array, pending[name].make(), err_msg=name, strict=True)
+
+
+def test_8_bit_rows_with_several_scales_are_refused():
+    """As bundles had them once; taking the first scale for all would draw something else without a word."""
+    scale = np.array([[1, 1, 1], [1, 2, 1]], dtype=np.float32)
+    tensors = {"weight_blocks8": np.zeros((2, 3, 128), dtype=np.uint8), "block_scale": scale}
+    with pytest.raises(BundleError, match=r"w3\.block_scale: 8-bit rows have a scale per block.*quantize again"):
+        one_layer(tensors, "int8-weight", "fp16")

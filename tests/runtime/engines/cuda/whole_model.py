@@ -23,6 +23,7 @@ from bar_edge.runtime.engines.cuda.profile import Profile
 from bar_edge.runtime.generator import Generator
 from bar_edge.runtime.noise import SeededNoise
 from bar_edge.runtime.sampling import to_fine_grid, to_uint8
+from bar_edge.runtime.terminal import run_function
 
 from .emulated_engine import kernel_loop
 from .host import NATIVE, HostKernels, build
@@ -68,4 +69,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_function(main)
