@@ -373,7 +373,10 @@ def test_a_bug_keeps_its_traceback(python, patch1):
 def test_an_interruption_is_exit_code_130_and_leaves_no_half_written_file(digits, tmp_path):
     output = tmp_path / "out"
     arguments = ["generate", digits.bundle.path, "--class", "1", "--num", "5000", "--batch-size", "1", "-o", output]
-    process = subprocess.Popen([sys.executable, "-c", MAIN, *map(str, arguments)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", MAIN, *map(str, arguments)], stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background ignores it
+    )  # fmt: skip
     try:
         deadline = time.monotonic() + 60
         while not (output / "00001.png").exists():
