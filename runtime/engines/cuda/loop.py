@@ -2,8 +2,8 @@
 
 A token is one captured CUDA graph: kernels of ours (`kernels.cu`) around the trunk's step and the S head passes. It
 is launched N times without the host waiting for anything: bits, noise, KV cache, latents and the token's index stay on
-the device. The engine gives the compiled graphs (`Graphs`); the loop owns every buffer, allocates them once, and knows
-their sizes before.
+the device. Prefix, modulation and decoder are captured graphs as well. The engine gives what is in them (`Graphs`); the
+loop owns every buffer, allocates them once, and knows their sizes before.
 
 With a `Timeline` a token is two graphs, the trunk's part and the head's, so that the GPU's time can be told apart.
 
@@ -14,6 +14,7 @@ thrown away; an image does not depend on its company.
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -96,7 +97,8 @@ class Loop:
         self._spec, self._graphs, self._device, self._profile = spec, graphs, device, graphs.profile
         self._row_bytes = spec.head_dim * graphs.itemsize
         # by part of a token and images of a batch: the rows stay, what they mean changes
-        self._captured: dict[tuple[str, int], CudaGraph] = {}
+        self._tokens: dict[tuple[str, int], CudaGraph] = {}
+        self._calls: dict[str, CudaGraph] = {}
         self._images = self._profile.rows  # of the last batch, copies included
         sizes = buffer_sizes(spec, self._profile, itemsize=graphs.itemsize, in_place=graphs.in_place)
         self._table_bytes = sum(tables[name].nbytes for name in TABLES)
@@ -202,7 +204,7 @@ class Loop:
         placed = self._place(batch, images)
         with _stage(timeline, "prefix"):
             self._noise(batch, images)
-            self._enqueue("mask_ratio", {name: name for name in ("mask_ratio", "ratio_embedding")})
+            self._call("mask_ratio", {name: name for name in ("mask_ratio", "ratio_embedding")})
             self._prefix(placed)
         positions = self._profile.modulation_pairs // len(placed.distinct)  # of one chunk
         self._upload("class_slot", placed.slots)
@@ -294,7 +296,7 @@ class Loop:
                 self._gather("prefix.index", "prefix.modulation", flat)
             self._embed("prefix.", flat, bits=False)
             bound = ("x", "own", "targets", "modulation", "kv")
-            self._enqueue("prefix", {name: f"prefix.{name}" for name in bound})
+            self._call("prefix", {name: f"prefix.{name}" for name in bound})
             self._write_kv("prefix.kv", at["zero"], begin, group, length)
 
     def _modulation(self, classes: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
@@ -305,7 +307,7 @@ class Loop:
             ("positions", np.repeat(positions, len(classes))),
         ):
             self._upload(name, _padded(values, pairs))
-        self._enqueue("modulation", {name: name for name in ("class_id", "positions", "modulation")})
+        self._call("modulation", {name: name for name in ("class_id", "positions", "modulation")})
 
     def _upload_pairs(self, classes: NDArray[np.int64], positions: int) -> None:
         """The (class, position) pairs of all chunks of the token loop, so that it needs nothing from the host."""
@@ -327,20 +329,21 @@ class Loop:
         at, size = self._at, 4 * self._profile.modulation_pairs
         self._device.copy(at["class_id"], at["pair_classes"] + number * size, size)
         self._device.copy(at["positions"], at["pair_positions"] + number * size, size)
-        self._enqueue("modulation", {name: name for name in ("class_id", "positions", "modulation")})
+        self._call("modulation", {name: name for name in ("class_id", "positions", "modulation")})
 
     def _token(self, images: int, *, apart: bool) -> dict[str, CudaGraph]:
         """One token, captured: in one graph, or in two that are timed apart."""
         parts = {"trunk": self._trunk_part, "head": self._head_part} if apart else {"token": self._one_token}
-        return {part: self._capture(part, work, images) for part, work in parts.items()}
+        for part, work in parts.items():
+            if (part, images) not in self._tokens:
+                self._tokens[part, images] = self._captured(partial(work, images))
+                self._upload("token", np.zeros(1))
+        return {part: self._tokens[part, images] for part in parts}
 
-    def _capture(self, part: str, work: Callable[[int], None], images: int) -> CudaGraph:
-        """The work runs once before, because an engine may allocate at its first call."""
-        if (part, images) not in self._captured:
-            work(images)
-            self._upload("token", np.zeros(1))
-            self._captured[part, images] = self._device.capture(lambda: work(images))
-        return self._captured[part, images]
+    def _captured(self, work: Callable[[], None]) -> CudaGraph:
+        """The work has run once then, because an engine may allocate at its first call."""
+        work()
+        return self._device.capture(work)
 
     def _one_token(self, images: int) -> None:
         self._trunk_part(images)
@@ -395,7 +398,7 @@ class Loop:
         cells, image = 4 * spec.image_seq_len * spec.token_size, 12 * spec.image_size**2  # bytes of one
         for begin in range(0, images, together):  # through buffers of their own, which are aligned
             self._device.copy(at["decode.bits"], at["cells"] + begin * cells, together * cells)
-            self._enqueue("decode", {"bits": "decode.bits", "image": "decode.image"})
+            self._call("decode", {"bits": "decode.bits", "image": "decode.image"})
             self._device.copy(at["image"] + begin * image, at["decode.image"], together * image)
 
     def _embed(self, prefix: str, positions: int, *, bits: bool, images: int = 1) -> None:
@@ -420,6 +423,13 @@ class Loop:
         sizes = (row, spec.num_layers, rows, spec.num_heads, positions, profile.rows, length, self._row_bytes)
         units = 2 * spec.num_layers * rows * spec.num_heads * positions * (self._row_bytes // 16 or 1)
         self._elementwise("write_kv", units, at[source], at["caches"], start, *map(_i32, sizes))
+
+    def _call(self, graph: str, bindings: Mapping[str, str]) -> None:
+        """A graph that is always bound to the same buffers: the host launches its kernels one by one only once."""
+        if graph in self._calls:
+            self._device.replay(self._calls[graph])
+        else:
+            self._calls[graph] = self._captured(partial(self._enqueue, graph, bindings))
 
     def _enqueue(self, graph: str, bindings: Mapping[str, str | Address]) -> None:
         at = self._at

@@ -225,7 +225,7 @@ def test_a_larger_batch_is_drawn_in_parts_of_the_largest_engines(small, engine, 
     np.testing.assert_array_equal(engine.sample(batch, lambda *done: reports.append(done)), expected(small, batch))
     tokens = small.spec.num_tokens
     assert library.loaded == [6]
-    assert library.device.events.count("replay") == 3 * tokens
+    assert library.device.events.count("replay of place_token") == 3 * tokens
     assert reports[-1] == (tokens, tokens)
 
 

@@ -35,14 +35,14 @@ _GUARD = 64  # bytes behind every allocation that nobody may touch
 _CANARY = 0xA5
 _DTYPES = {TensorProto.FLOAT: np.float32, TensorProto.INT32: np.int32, TensorProto.FLOAT16: np.float16}
 
-Recording = list[Callable[[], None]]
+Recording = list[tuple[str, Callable[[], None]]]
 
 
 class EmulatedDevice:
     """Memory, stream and kernels on the CPU.
 
     `events` names everything that was executed, in order: kernels and graphs by their names, and `upload`, `download`,
-    `copy`, `replay`. Copies must lie within one allocation, and gathered rows within their table. On the clock of
+    `copy`, `replay of` what a captured graph begins with. Copies must lie within one allocation, and gathered rows within their table. On the clock of
     `record` a kernel, graph or copy takes a `tick`, unless `durations` says otherwise.
     """
 
@@ -129,7 +129,7 @@ class EmulatedDevice:
         if self._recording is None:
             run()
         else:
-            self._recording.append(run)
+            self._recording.append((name, run))
 
     def capture(self, work: Callable[[], None]) -> Recording:
         assert self._recording is None, "captures do not nest"
@@ -142,9 +142,9 @@ class EmulatedDevice:
 
     def replay(self, graph: Recording) -> None:
         assert self._recording is None, "a replay is not captured"
-        self.events.append("replay")
-        for work in graph:
-            work()
+        self.events.append(f"replay of {graph[0][0]}")
+        for _, run in graph:
+            run()
 
     def record(self) -> float:
         assert self._recording is None, "an event is not captured"

@@ -157,7 +157,7 @@ def test_images_on_the_device_are_those_decoded(patch1, emulate):
 def test_a_token_takes_seven_launches_a_layer_and_three_a_block(patch1, emulate):
     spec, gpu = patch1.spec, emulate(patch1.bundle, 1)
     gpu.loop.sample(batch_of(patch1.bundle, [1]))
-    last = len(gpu.device.events) - gpu.device.events[::-1].index("replay")
+    last = len(gpu.device.events) - gpu.device.events[::-1].index("replay of place_token")
     launched = Counter(event for event in gpu.device.events[last:] if event not in ("download", "copy"))
     passes, blocks, around = (
         len(patch1.bundle.recipe.allocation),

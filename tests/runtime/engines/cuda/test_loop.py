@@ -1,6 +1,7 @@
 """The GPU loop draws what the ONNX Runtime engine draws: every bit, on graphs and kernels executed on the CPU."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -94,9 +95,12 @@ def bytes_of(case, profile):
     return sum(buffer_sizes(case.spec, profile, itemsize=4, in_place=True).values()) + tables
 
 
+TOKEN = "replay of place_token"
+
+
 def from_first_token(device):
     """Events since the first token."""
-    return device.events[device.events.index("replay") :]
+    return device.events[device.events.index(TOKEN) :]
 
 
 class DeviceBits:
@@ -258,7 +262,7 @@ def test_draw_is_sample_and_decode(golden, emulate):
 def test_drawing_decodes_without_the_host_in_between(small, emulate):
     gpu = emulate(small.bundle, profile_of(small))
     gpu.loop.draw(batch_of(small, [1, 2, 3]))
-    last_token = max(i for i, event in enumerate(gpu.device.events) if event == "replay")
+    last_token = max(i for i, event in enumerate(gpu.device.events) if event == TOKEN)
     after = [event for event in gpu.device.events[last_token:] if event in ("to_cells", "upload", "download")]
     assert after == ["to_cells", "download", "download"]
 
@@ -331,7 +335,7 @@ def test_a_token_needs_nothing_from_the_host(small, emulate):
         gpu.device.events.clear()
         gpu.loop.sample(batch_of(small, [1, 2, 3]), None, history)
         during = from_first_token(gpu.device)
-        assert during.count("replay") == small.spec.num_tokens
+        assert during.count(TOKEN) == small.spec.num_tokens
         assert "upload" not in during
         assert during.index("download") == len(during) - 1
 
@@ -342,14 +346,13 @@ def test_what_a_token_is_made_of(small, emulate, in_place):
     gpu.loop.sample(batch_of(small, [1, 2, 3]))
     token = ["place_token", "gather_rows", "embed", "step"] + ([] if in_place else ["write_kv"])
     token += ["head_embed", "head_pass", "sample_pass"] * len(small.bundle.recipe.allocation) + ["advance"]
-    assert from_first_token(gpu.device) == ["replay", *token] * small.spec.num_tokens + ["download"]
+    assert from_first_token(gpu.device) == [TOKEN, *token] * small.spec.num_tokens + ["download"]
 
 
 def test_a_token_is_captured_once_for_as_many_images(small, emulate, monkeypatch):
     gpu = emulate(small.bundle, profile_of(small))
-    captured = []
-    capture = gpu.device.capture
-    monkeypatch.setattr(gpu.device, "capture", lambda work: captured.append(work) or capture(work))
+    captured, capture = [], gpu.device.capture
+    monkeypatch.setattr(gpu.device, "capture", lambda work: captured.append(capture(work)) or captured[-1])
     for batch in (
         batch_of(small, [1]),
         batch_of(small, [1, 2, 3], temperature=0.5, allocation=(1, 1, 4, 4)),
@@ -357,7 +360,20 @@ def test_a_token_is_captured_once_for_as_many_images(small, emulate, monkeypatch
         batch_of(small, [2], random_order=True),
     ):
         gpu.loop.sample(batch)
-    assert len(captured) == 2  # guided, and not
+    tokens = [recording for recording in captured if recording[0][0] == "place_token"]
+    assert len(tokens) == 2  # guided, and not
+
+
+def test_all_graphs_are_replayed_from_the_second_image_on(small, emulate):
+    gpu = emulate(small.bundle, replace(profile_of(small), prefix_rows=2, modulation_pairs=9))
+    first = gpu.loop.draw(batch_of(small, [1, 2, 3]))
+    gpu.device.events.clear()
+    again = gpu.loop.draw(batch_of(small, [1, 2, 3]))
+    np.testing.assert_array_equal(again[0], first[0])
+    np.testing.assert_array_equal(again[1], first[1])
+    for graph in ("mask_ratio", "modulation", "prefix", "decode"):
+        befores = [before for before, event in pairwise(gpu.device.events) if event == graph]
+        assert befores and set(befores) == {f"replay of {graph}"}
 
 
 # ---- the time of its parts ----
@@ -397,7 +413,8 @@ def test_with_a_timeline_the_same_is_drawn_and_afterwards_a_token_is_one_graph_a
     np.testing.assert_array_equal(timed_images, images)
     gpu.device.events.clear()
     gpu.loop.draw(batch)
-    assert gpu.device.events.count("replay") == small.spec.num_tokens
+    assert gpu.device.events.count(TOKEN) == small.spec.num_tokens
+    assert "replay of head_embed" not in gpu.device.events
 
 
 @pytest.mark.parametrize(("classes", "positions"), [([1], 3), ([1, 2], 2), ([1, 2, 3], 1)])
@@ -406,9 +423,9 @@ def test_modulation_is_computed_when_it_is_due(small, emulate, classes, position
     gpu = emulate(small.bundle, profile)
     batch = batch_of(small, classes)
     np.testing.assert_array_equal(gpu.loop.sample(batch), expected(small, batch))
-    tokens = [event for event in from_first_token(gpu.device) if event in ("replay", "modulation")]
+    tokens = [event for event in from_first_token(gpu.device) if event in (TOKEN, "modulation")]
     due = [["modulation"] if n and n % positions == 0 else [] for n in range(small.spec.num_tokens)]
-    assert tokens == [event for chunk in due for event in [*chunk, "replay"]]
+    assert tokens == [event for chunk in due for event in [*chunk, TOKEN]]
 
 
 def test_as_many_classes_as_rows(small, emulate):
