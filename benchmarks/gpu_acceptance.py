@@ -23,7 +23,6 @@ It takes about 20 GB of memory and 30 GB under TMPDIR. Not yet run on a GPU.
 
 import importlib.util
 import json
-import multiprocessing
 import shlex
 import shutil
 import subprocess
@@ -31,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -57,6 +56,7 @@ from bar_edge.export.prepack import prepack_bundle
 from bar_edge.runtime import engines, selftest
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines.cuda.device import driver_version, host_sm
+from bar_edge.runtime.engines.onnxruntime import cpu_count
 from bar_edge.runtime.errors import BarEdgeError, EngineError
 from bar_edge.runtime.generator import Generator
 from bar_edge.runtime.noise import SeededNoise
@@ -127,18 +127,28 @@ class Acceptance:
 def accept(acceptance: Acceptance, folder: Path, variants: Sequence[str], batches: Sequence[int]) -> None:
     """All parts, with what they make in `folder`."""
     acceptance.part("engines", 0, _engines)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(len(variants), mp_context=spawn) as pool:  # while the GPU is not timed
-        making = {name: pool.submit(make, name, folder / name) for name in variants}
+    with ExitStack() as stack:
+        making = {name: stack.enter_context(_making(name, folder / name)) for name in variants}
         acceptance.part("kernels", _SECONDS["kernels"], _kernels)
         acceptance.part("demo", _SECONDS["demo"], lambda: _demo(folder))
         acceptance.part("products", _SECONDS["products"], lambda: _products(folder))
-        made = {name: _made(acceptance, name, future) for name, future in making.items()}
+        made = {name: _made(acceptance, name, worker) for name, worker in making.items()}
     for name, one in made.items():
         _time(acceptance, name, one, _EAGER, batches, _EAGER_SECONDS[name])
     for name, one in made.items():
         seconds = _COMPILED_SECONDS[name]
         _time(acceptance, f"{name}, compiled PyTorch", one, _COMPILED, (1,), (seconds, seconds))
+
+
+class Maker:
+    """`make` as a contender, in a process that is not waited for while the GPU is not timed."""
+
+    def __init__(self, *, name: str, folder: str) -> None:
+        self._name, self._folder = name, Path(folder)
+
+    def made(self) -> Made:
+        """What `make` makes."""
+        return make(self._name, self._folder)
 
 
 def make(name: str, folder: Path) -> Made:
@@ -300,12 +310,20 @@ def _run(command: Sequence[str], part: str) -> "subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_HANGS * _SECONDS[part])
 
 
-def _made(acceptance: Acceptance, name: str, future: "Future[Made]") -> Made | None:
+def _making(name: str, folder: Path) -> Worker:
+    """Begin to make a variant."""
+    contender = Contender(name, f"{_MODULE}:Maker", {"name": name, "folder": str(folder)})
+    worker = Worker(contender, cpu_count(), _HANGS * _SECONDS["bundles"])
+    worker.begin("made")
+    return worker
+
+
+def _made(acceptance: Acceptance, name: str, worker: Worker) -> Made | None:
     """Wait for a variant; the report says what of it could not be made."""
     kept: list[Made] = []
 
     def wait() -> dict[str, Any]:
-        kept.append(future.result())
+        kept.append(worker.answer())
         return {"bundles": [bundle.path.name for bundle in kept[0].bundles], "refused": dict(kept[0].refused)}
 
     acceptance.part(f"{name}, bundles", _SECONDS["bundles"], wait)

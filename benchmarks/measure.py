@@ -24,6 +24,7 @@ from bar_edge.benchmarks.machine import machine, versions
 
 Report = dict[str, Any]
 _END_SECONDS = 3
+_ENDED = "the process ended without an answer (out of memory?)"
 _starting = threading.Lock()  # processes inherit the environment, which is one for all threads
 
 
@@ -79,7 +80,25 @@ class Worker:
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the contender and return what it returns. Raises ContenderError."""
-        return self._ask(("call", method, arguments))
+        self.begin(method, *arguments)
+        return self.answer()
+
+    def begin(self, method: str, *arguments: Any) -> None:
+        """Let a call begin, whose `answer` is asked for later. Raises ContenderError."""
+        self._send(("call", method, arguments))
+
+    def answer(self) -> Any:
+        """Wait for the call that began, `answer_seconds` from now on. Raises ContenderError."""
+        try:
+            if not self._pipe.poll(self._answer_seconds):
+                self._process.kill()
+                raise ContenderError(f"no answer within {self._answer_seconds:g} s; its process was killed")
+            ok, answer = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            raise ContenderError(_ENDED) from error
+        if not ok:
+            raise ContenderError(answer)
+        return answer
 
     def peak_rss_bytes(self) -> int:
         """Peak resident memory of the process so far, loading included."""
@@ -92,18 +111,15 @@ class Worker:
         if self._process.is_alive():
             self._process.terminate()
 
-    def _ask(self, question: tuple[Any, ...]) -> Any:
+    def _send(self, question: tuple[Any, ...]) -> None:
         try:
             self._pipe.send(question)
-            if not self._pipe.poll(self._answer_seconds):
-                self._process.kill()
-                raise ContenderError(f"no answer within {self._answer_seconds:g} s; its process was killed")
-            ok, answer = self._pipe.recv()
-        except (EOFError, OSError) as error:
-            raise ContenderError("the process ended without an answer (out of memory?)") from error
-        if not ok:
-            raise ContenderError(answer)
-        return answer
+        except OSError as error:
+            raise ContenderError(_ENDED) from error
+
+    def _ask(self, question: tuple[Any, ...]) -> Any:
+        self._send(question)
+        return self.answer()
 
 
 def stamp(command: str) -> Report:

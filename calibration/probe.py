@@ -20,6 +20,7 @@ from bar_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine, Step, load_s
 from bar_edge.runtime.spec import ModelSpec
 
 INPUT = "input:"
+_TOLD = ("logits", "row_logits", "known")  # other than the inputs of layers
 Inputs = Mapping[str, NDArray[np.float32]]  # layer -> its input
 
 
@@ -43,7 +44,7 @@ class ProbeStep(Step):
         self.forced = self.input("forced", (), np.bool_)
         self.forced_known = self.input("forced_known", state, np.bool_)
         self.forced_bits = self.input("forced_bits", state, np.bool_)
-        self._extra = [name for name in self._names if name.startswith(INPUT) or name in ("logits", "known")]
+        self._extra = [name for name in self._names if name.startswith(INPUT) or name in _TOLD]
         for name in self._extra:
             self._binding.bind_output(name)
 

@@ -430,5 +430,6 @@ def _self_test(source: Bundle, engine: ProbeEngine, report: Progress) -> Record:
         report("self-test: drawing", n + 1, spec.num_tokens)
     bits = to_fine_grid(drawn, spec)
     best = int(margins.argmax())
+    latent, first_logits = engine.last_latents()[best].copy(), step.seen["row_logits"][0, best].copy()
     image = to_uint8(engine.decode(bits[best : best + 1]))[0]
-    return Record(_SELFTEST_SEED, best, class_id, bits[best], engine.last_latents()[best].copy(), image)
+    return Record(_SELFTEST_SEED, best, class_id, bits[best], latent, first_logits, image)

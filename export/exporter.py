@@ -24,7 +24,7 @@ from bar_edge.runtime.bundle import SELFTEST, Bundle, publish, sha256, write_man
 from bar_edge.runtime.errors import CheckpointError, EngineError
 from bar_edge.runtime.generator import Generator
 from bar_edge.runtime.noise import SeededNoise
-from bar_edge.runtime.sampling import to_uint8
+from bar_edge.runtime.sampling import Schedule, to_uint8
 from bar_edge.runtime.selftest import Record
 
 Progress = Callable[[str, int, int], None]  # what is being done, done, in all
@@ -107,20 +107,25 @@ def _self_test(checkpoint: Checkpoint, bundle: Bundle, report: Progress) -> Reco
         bits = runtime.sample(class_ids, recipe, noise, lambda done, total: report("self-test: drawing", done, total))
         decoded = runtime.decode_raw(bits)
     report("self-test: repeating with the reference model", 0, 1)
-    checked = replay(build_generator(checkpoint), bits, class_ids.tolist(), recipe, noise)
+    reference = build_generator(checkpoint)
+    checked = replay(reference, bits, class_ids.tolist(), recipe, noise)
     if checked.unexplained:
         raise EngineError(
             f"the exported graphs do not draw what the reference model draws: {checked.unexplained} of "
             f"{checked.margins.size} tokens differ without a tie (margin {TIE}); this is a bug, please report it"
         )
+    best = int(checked.margins.min(axis=1).argmax())
+    latent = checked.latents[best, -1]
     with torch.inference_mode():
+        nothing_known = torch.full((1, spec.bits_per_token), 2)
+        ratio = torch.from_numpy(Schedule.of(recipe, spec.bits_per_token).mask_ratio[:1])
+        first_logits = reference.lm_head(nothing_known, torch.from_numpy(latent[None]), ratio).numpy()[0]
         image = build_decoder(checkpoint)(torch.from_numpy(bits)).numpy()
     error = float(np.abs(decoded - image).max() / max(1, np.abs(image).max()))
     if not error < _IMAGE_TOLERANCE:
         raise EngineError(f"the exported decoder differs from the reference by {error:.1e}; please report this bug")
-    best = int(checked.margins.min(axis=1).argmax())
-    latent = checked.latents[best, -1]
-    return Record(_SELFTEST_SEED, best, class_id, bits[best], latent, to_uint8(image[best : best + 1])[0])
+    pixels = to_uint8(image[best : best + 1])[0]
+    return Record(_SELFTEST_SEED, best, class_id, bits[best], latent, first_logits, pixels)
 
 
 def _provenance(sources: list[Path], overrides: list[str]) -> dict[str, Any]:

@@ -180,7 +180,8 @@ def step_graph(g: GraphBuilder, spec: ModelSpec, *, probe: bool = False) -> onnx
     """The fused step of ONNX Runtime: trunk, then S head passes with sampling -> drawn [B, K] (section 4).
 
     With `probe` the graph computes the same and tells more: the input of every linear layer (`input:LAYER`, those of
-    the head with a leading S), guided `logits` [S, B, K, 2], and `known` [S, B, K], which bits each pass began with.
+    the head with a leading S), guided `logits` [S, B, K, 2], `row_logits` [S, rows, K, 2] before guidance, and `known`
+    [S, B, K], which bits each pass began with.
     It can then also be led: where `forced` is true, passes begin with `forced_known` and `forced_bits` [S, B, K].
     """
     k, w = spec.bits_per_token, spec.head_width
@@ -219,8 +220,8 @@ def step_graph(g: GraphBuilder, spec: ModelSpec, *, probe: bool = False) -> onnx
         bits_in = _led(body, bits_in, body.input("pass_forced_bits", np.bool_, state))
         masked_in = body.op("Not", known)
     known_ones = body.op("And", bits_in, known)
-    logits = _head_pass(body, spec, known, known_ones, modulation, image_of_row)
-    c, u = body.op("Gather", logits, conditional), body.op("Gather", logits, unconditional)
+    row_logits = _head_pass(body, spec, known, known_ones, modulation, image_of_row)
+    c, u = body.op("Gather", row_logits, conditional), body.op("Gather", row_logits, unconditional)
     logits = body.op("Add", u, body.op("Mul", guidance, body.op("Sub", c, u)))  # [B, K, 2]
     logit0, logit1 = _last_pair(body, logits)
     noisy0, noisy1 = _last_pair(body, body.op("Add", logits, body.op("Mul", t, noise)))
@@ -239,7 +240,12 @@ def step_graph(g: GraphBuilder, spec: ModelSpec, *, probe: bool = False) -> onnx
     body.output("bits_out", np.bool_, state)
     outputs = ["final_masked", "final_bits"]
     if probe:
-        for name, value, dtype, shape in (("logits", logits, F32, [*state, 2]), ("known", known, np.bool_, state)):
+        told = (
+            ("logits", logits, F32, [*state, 2]),
+            ("row_logits", row_logits, F32, ["rows", k, 2]),
+            ("known", known, np.bool_, state),
+        )
+        for name, value, dtype, shape in told:
             body.op("Identity", value, name=f"pass_{name}")
             body.output(f"pass_{name}", dtype, shape)
             g.output(name, dtype, ["S", *shape])

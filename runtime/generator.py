@@ -203,16 +203,21 @@ class Generator:
         with self._lock:
             return self._running().last_latents()
 
+    def first_logits(self) -> NDArray[np.float32]:
+        """Logits [rows, K, 2] of the last token's first head pass, conditional rows first; for self-tests.
+
+        Of a GPU engine. Raises EngineError elsewhere.
+        """
+        with self._lock:
+            return self._on_device().first_logits()
+
     def images_on_device(self) -> Any:
         """The images [B, 3, H, W] drawn last, float32 before clamping, in device memory until the next call.
 
         Of a GPU engine: an object with `__cuda_array_interface__` and `to_pycuda()`. Raises EngineError elsewhere.
         """
         with self._lock:
-            engine = self._running()
-            if not isinstance(engine, engines.OnDevice):
-                raise EngineError(f"{self.engine_name} keeps nothing in device memory")
-            return engine.images_on_device()
+            return self._on_device().images_on_device()
 
     def decode(self, bits: NDArray[np.uint8]) -> list[Image.Image]:
         """Bits [B, image_seq_len, token_size] of the fine grid (0 or 1) -> RGB images."""
@@ -256,6 +261,12 @@ class Generator:
 
     def _known(self, class_ids: NDArray[Any]) -> bool:
         return bool(((class_ids >= 0) & (class_ids <= self.spec.unconditional_class)).all()) and len(class_ids) > 0
+
+    def _on_device(self) -> engines.OnDevice:
+        engine = self._running()
+        if not isinstance(engine, engines.OnDevice):
+            raise EngineError(f"{self.engine_name} keeps nothing in device memory")
+        return engine
 
     def _running(self) -> engines.Engine:
         if self._engine is None:

@@ -66,6 +66,12 @@ class Engine(Protocol):
 class OnDevice(Protocol):
     """An engine whose results stay in device memory."""
 
+    def first_logits(self) -> NDArray[np.float32]:
+        """Logits [rows, K, 2] of the last token's first head pass, when no bit is known; conditional rows first.
+
+        Of a batch that was drawn in parts: of the last part.
+        """
+
     def images_on_device(self) -> Any:
         """The images [B, 3, H, W] drawn last (`cuda/device.py`, DeviceArray)."""
 

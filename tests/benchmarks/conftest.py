@@ -65,7 +65,14 @@ class InProcess:
         self.stop()
 
     def call(self, method: str, *arguments: Any) -> Any:
-        return getattr(self._contender, method)(*arguments)
+        self.begin(method, *arguments)
+        return self.answer()
+
+    def begin(self, method: str, *arguments: Any) -> None:
+        self._begun = lambda: getattr(self._contender, method)(*arguments)
+
+    def answer(self) -> Any:
+        return self._begun()
 
     def peak_rss_bytes(self) -> int:
         return 1

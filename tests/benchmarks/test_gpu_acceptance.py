@@ -243,7 +243,7 @@ def accept(acceptance, emulated_gpu, small, prepacked, tmp_path, monkeypatch):
         return gpu_acceptance.Made(checkpoint, (prepacked,), {f"{name}, tensorrt": "no library"})
 
     monkeypatch.setattr(gpu_acceptance, "make", make)
-    monkeypatch.setattr(gpu_acceptance, "ProcessPoolExecutor", InPlace)
+    monkeypatch.setattr(gpu_acceptance, "Worker", InProcess)
     monkeypatch.setattr(gpu_acceptance, "_kernels", lambda: {"passed": True})
     monkeypatch.setattr(gpu_acceptance, "_demo", lambda folder: {"fp32": {"cuda": {"failed": "no library"}}})
     monkeypatch.setattr(gpu_acceptance, "_products", lambda folder: [FIGURE.to_dict()])

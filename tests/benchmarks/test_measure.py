@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,15 @@ def test_a_contender_that_hangs_is_killed_and_said_so():
         assert running._process.exitcode == -signal.SIGKILL
         with pytest.raises(ContenderError, match="ended without an answer"):
             running.call("is_set")
+
+
+def test_a_call_that_began_is_not_waited_for():
+    with Worker(Contender("event", "threading:Event"), threads=1, answer_seconds=20) as running:
+        begin = time.monotonic()
+        running.begin("wait", 2)  # of its own accord, it returns False after so many seconds
+        assert time.monotonic() - begin < 1
+        assert running.answer() is False
+        assert time.monotonic() - begin >= 2
 
 
 def test_a_contender_that_hangs_while_it_loads_is_killed_too():

@@ -53,6 +53,7 @@ def test_the_self_test_is_what_the_reference_draws(patch1):
     assert record.bits.shape == (patch1.spec.image_seq_len, patch1.spec.token_size)
     assert record.image.shape == (64, 64, 3) and record.image.dtype == np.uint8
     assert record.latent.shape == (48,)
+    assert record.first_logits.shape == (patch1.spec.bits_per_token, 2)
     assert 0 <= record.class_id < patch1.spec.num_classes
     assert (patch1.bundle.path / "selftest.npz").stat().st_size < 2**20
 

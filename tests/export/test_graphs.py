@@ -564,7 +564,7 @@ def test_both_forms_of_a_quantized_modulation_and_decoder_agree(integer_graphs, 
 
 
 def test_both_forms_of_a_quantized_head_agree(integer_graphs, digits, precision):
-    """Guided logits of every pass, in the same states."""
+    """Logits of every pass before and after guidance, in the same states."""
     bundle, spec = integer_graphs.bundle, digits.spec
     rng = np.random.default_rng(3)
     batch = make_batch(bundle, np.array([3, 8]), 5, range(2))
@@ -577,11 +577,13 @@ def test_both_forms_of_a_quantized_head_agree(integer_graphs, digits, precision)
         step.lead(known, bits)
         step.run()
         head = integer_graphs.head(step.latent, schedule.mask_ratio)
-        conditional, unconditional = np.split(np.stack([head(known[s], bits, s) for s in range(passes)]), 2, axis=1)
+        of_rows = np.stack([head(known[s], bits, s) for s in range(passes)])
+        conditional, unconditional = np.split(of_rows, 2, axis=1)
         scale = np.float32(guidance_at(n, batch.recipe.guidance, spec.num_tokens))
         expected = unconditional + scale * (conditional - unconditional)
         np.testing.assert_array_equal(step.seen["known"], known)
         assert decibels(expected, step.seen["logits"]) > 28, (precision, n)
+        assert decibels(of_rows, step.seen["row_logits"]) > 28, (precision, n)
         if n == 7:
             break
     engine.close()

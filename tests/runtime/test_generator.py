@@ -250,6 +250,11 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path):
         Generator(tmp_path)
 
 
+def test_logits_are_shown_by_gpu_engines_alone(patch1):
+    with pytest.raises(EngineError, match="onnxruntime keeps nothing in device memory"):
+        patch1.runtime.first_logits()
+
+
 def test_latents_before_the_first_token_are_an_error(patch1):
     with Generator(patch1.bundle, threads=1) as bar, pytest.raises(EngineError, match="no token was sampled yet"):
         bar.last_latents()

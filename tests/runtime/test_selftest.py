@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,6 +99,7 @@ BROKEN = {
     "no seed": lambda record: record.pop("seed"),
     "no latent": lambda record: record.pop("latent"),
     "bits that are no bytes": lambda record: record.update(bits=record["bits"].astype(float)),
+    "no logits": lambda record: record.pop("first_logits"),
     "a latent of another width": lambda record: record.update(latent=np.zeros(47, dtype=np.float32)),
     "too few bits": lambda record: record.update(bits=record["bits"][:3]),
     "an image of another size": lambda record: record.update(image=np.zeros((32, 32, 3), dtype=np.uint8)),
@@ -170,10 +172,14 @@ class Compiled:
 
     engine_name = "cuda"
 
-    def __init__(self, runtime: Generator, flipped: int = 0, levels: float = 0, of_one: int = 0) -> None:
-        self.bundle, self.spec = runtime.bundle, runtime.spec
+    def __init__(self, runtime: Generator, form: str = "fp16", flipped: int = 0, levels: float = 0, **changed: float):
+        """`changed`: `of_one` in levels; `latent` and `logit` as fractions of the largest."""
+        self.spec, self._flipped, self._levels, self._changed = runtime.spec, flipped, levels, changed
         self.record = selftest.Record.load(runtime.bundle.path / SELFTEST, runtime.spec)
-        self._runtime, self._flipped, self._levels, self._of_one = runtime, flipped, levels, of_one
+        made_of = {"quantization": {}} if form == "int8" else {}
+        precision = "fp16" if form == "int8" else form
+        facts = {**runtime.bundle.manifest, **made_of, "engines": {"cuda": {"precision": precision}}}
+        self.bundle = replace(runtime.bundle, manifest=facts)
 
     def sample(self, class_ids, recipe, noise, history):
         np.testing.assert_array_equal(history, self.record.bits[None])
@@ -182,22 +188,39 @@ class Compiled:
         return bits
 
     def last_latents(self):
-        return self.record.latent[None]
+        return self._moved("latent", self.record.latent)
+
+    def first_logits(self):
+        return self._moved("logit", self.record.first_logits)
+
+    def _moved(self, what, recorded):
+        values = recorded.copy()
+        values.reshape(-1)[5] += self._changed.get(what, 0) * np.abs(values).max()
+        return values[None]
 
     def decode_raw(self, bits):
         away = np.where(self.record.image < 128, 1, -1).transpose(2, 0, 1)
         image = self.record.image.transpose(2, 0, 1) + 0.5 + away * self._levels
-        image[0, 0, 0] += away[0, 0, 0] * self._of_one
+        image[0, 0, 0] += away[0, 0, 0] * self._changed.get("of_one", 0)
         return (image / 127.5 - 1)[None].astype(np.float32)
 
 
-def test_a_compiled_engine_may_flip_as_many_decisions_as_follow_from_one(golden):
-    spec = golden.spec
+ROUNDINGS = {  # what a bundle is made of: fraction of decisions, and of the largest latent or logit
+    "fp32": (0.01, 5e-3),
+    "fp16": (0.01, 5e-3),
+    "bf16": (0.03, 3e-2),
+    "int8": (0.03, 3e-2),
+}
+
+
+@pytest.mark.parametrize("form", ROUNDINGS)
+def test_a_compiled_engine_may_flip_as_many_decisions_as_follow_from_rounding(golden, form):
+    spec, fraction = golden.spec, ROUNDINGS[form][0]
     bits = spec.image_seq_len * spec.token_size
-    allowed = int(bits * 0.01 * max(1, spec.bits_per_token / 16))
-    found = selftest.run(Compiled(golden.runtime, flipped=allowed))
+    allowed = int(bits * fraction * max(1, (spec.bits_per_token / 16) ** 0.5))
+    found = selftest.run(Compiled(golden.runtime, form, flipped=allowed))
     assert found.passed and found.differing_bits == allowed
-    assert not selftest.run(Compiled(golden.runtime, flipped=allowed + 1)).passed
+    assert not selftest.run(Compiled(golden.runtime, form, flipped=allowed + 1)).passed
 
 
 def test_a_compiled_engine_may_differ_in_levels(patch1):
@@ -207,3 +230,19 @@ def test_a_compiled_engine_may_differ_in_levels(patch1):
     assert selftest.run(Compiled(patch1.runtime, of_one=16)).passed
     found = selftest.run(Compiled(patch1.runtime, of_one=17))
     assert not found.passed and "pixels differ by 17 levels, 16 is allowed" in found.sentence
+
+
+@pytest.mark.parametrize("what", ["latent", "logit"])
+@pytest.mark.parametrize("form", ROUNDINGS)
+def test_a_compiled_engine_may_differ_in_values_by_what_rounding_does(golden, form, what):
+    allowed = ROUNDINGS[form][1]
+    found = selftest.run(Compiled(golden.runtime, form, **{what: 0.98 * allowed}))
+    assert found.passed and getattr(found, f"{what}_error") == pytest.approx(0.98 * allowed, rel=1e-3)
+    found = selftest.run(Compiled(golden.runtime, form, **{what: 1.02 * allowed}))
+    assert not found.passed
+    assert found.sentence == f"{what}s differ by {1.02 * allowed:.1e} of their size, {allowed:.0e} is allowed"
+    assert not selftest.run(Compiled(golden.runtime, form, **{what: np.nan})).passed
+
+
+def test_the_engine_that_recorded_is_not_asked_for_logits(golden):
+    assert selftest.run(golden.runtime).logit_error is None

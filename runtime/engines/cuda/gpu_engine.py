@@ -64,6 +64,12 @@ class GpuEngine(ABC):
         unconditional = [latents[images:] for latents, images in self._latents]
         return np.concatenate([*conditional, *unconditional])
 
+    def first_logits(self) -> Floats:
+        if not self._latents:
+            raise EngineError("no token was sampled yet")
+        loop, images = self._last
+        return loop.first_logits(images)
+
     def decode(self, bits: Any) -> Floats:
         self._drawn = []
         loop = next(iter(self._loops.values())) if self._loops else self._loop(self._profiles[0])
@@ -91,6 +97,7 @@ class GpuEngine(ABC):
     def _keep(self, loop: Loop, part: Batch) -> None:
         images = len(part.class_ids)
         self._latents.append((loop.last_latents(images), images))
+        self._last = loop, images
 
     def _parts(self, batch: Batch) -> Iterator[tuple[Loop, int, Batch]]:
         """The batch in parts that fit: in the smallest loop that holds it, or the largest several times."""

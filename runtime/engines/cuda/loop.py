@@ -186,7 +186,15 @@ class Loop:
         latents = np.empty((self._profile.rows, self._spec.head_width), dtype=np.float32)
         with self._device.current():
             self._device.download(self._at["latent"], latents)
-        return np.concatenate([latents[i * self._images :][:images] for i in range(len(latents) // self._images)])
+        return self._rows_of(images, latents)
+
+    def first_logits(self, images: int) -> Floats:
+        """Logits [rows, K, 2] of the last token's first head pass, computed again; rows as of `last_latents`."""
+        logits = np.empty((self._profile.rows, self._spec.bits_per_token, 2), dtype=np.float32)
+        with self._device.current():
+            self._head_pass(self._images, 0)
+            self._device.download(self._at["logits"], logits)
+        return self._rows_of(images, logits)
 
     def close(self) -> None:
         """Release graphs and memory; the device stays."""
@@ -365,16 +373,21 @@ class Loop:
         """From the latents to the bits."""
         spec, at, rows = self._spec, self._at, self._profile.rows
         k, passes = spec.bits_per_token, self._profile.passes
-        state = ("known", "bits", "lm_head.bit_embedding", "lm_head.masked_embedding", "head.x")
         schedule = ("u_bits", "u_confidence", "guidance", "temperature", "remask_count", "known", "bits", "tokens")
         for s in range(passes):
-            sizes = (rows, images, k, spec.head_width, s)
-            self._elementwise("head_embed", images * spec.head_width, *(at[name] for name in state), *map(_i32, sizes))
-            self._enqueue("head_pass", {"x": "head.x", "head_modulation": f"head_modulation.{s}", "logits": "logits"})
+            self._head_pass(images, s)
             drawn = (s, passes, spec.num_tokens, images, k, rows // images - 1)
             buffers = [at[name] for name in ("logits", *schedule, "token")]
             self._device.launch("sample_pass", images, [*buffers, *map(_i32, drawn)])
         self._device.launch("advance", 1, (at["token"],))
+
+    def _head_pass(self, images: int, s: int) -> None:
+        """From the bits known before pass s, none in the first one, to its logits."""
+        spec, at = self._spec, self._at
+        state = ("known", "bits", "lm_head.bit_embedding", "lm_head.masked_embedding", "head.x")
+        sizes = (self._profile.rows, images, spec.bits_per_token, spec.head_width, s)
+        self._elementwise("head_embed", images * spec.head_width, *(at[name] for name in state), *map(_i32, sizes))
+        self._enqueue("head_pass", {"x": "head.x", "head_modulation": f"head_modulation.{s}", "logits": "logits"})
 
     def _step_bindings(self) -> dict[str, str | Address]:
         spec, profile = self._spec, self._profile
@@ -400,6 +413,10 @@ class Loop:
             self._device.copy(at["decode.bits"], at["cells"] + begin * cells, together * cells)
             self._call("decode", {"bits": "decode.bits", "image": "decode.image"})
             self._device.copy(at["image"] + begin * image, at["decode.image"], together * image)
+
+    def _rows_of(self, images: int, values: Floats) -> Floats:
+        """Of the first `images` images of the last batch, conditional rows first."""
+        return np.concatenate([values[i * self._images :][:images] for i in range(len(values) // self._images)])
 
     def _embed(self, prefix: str, positions: int, *, bits: bool, images: int = 1) -> None:
         spec, at = self._spec, self._at

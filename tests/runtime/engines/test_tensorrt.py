@@ -245,12 +245,22 @@ def test_images_of_all_parts_are_drawn(small, engine):
 
 
 def test_the_last_latents(small, engine):
-    with pytest.raises(EngineError, match="no token was sampled yet"):
-        engine.last_latents()
+    for look in (engine.last_latents, engine.first_logits):
+        with pytest.raises(EngineError, match="no token was sampled yet"):
+            look()
     batch = batch_of(small, 2)
     engine.sample(batch)
     expected(small, batch)
     np.testing.assert_allclose(engine.last_latents(), small.runtime._engine.last_latents(), atol=1e-5)
+
+
+def test_the_first_logits_are_of_the_part_drawn_last(small, engine):
+    batch = batch_of(small, 7)
+    engine.sample(batch)
+    logits = engine.first_logits()
+    engine.sample(batch.part(6, 7))
+    assert logits.shape == (2, small.spec.bits_per_token, 2)
+    np.testing.assert_allclose(engine.first_logits(), logits, atol=1e-5)  # by engines of another size
 
 
 def test_bits_are_decoded_before_anything_was_drawn(small, engine):

@@ -42,8 +42,9 @@ class EmulatedDevice:
     """Memory, stream and kernels on the CPU.
 
     `events` names everything that was executed, in order: kernels and graphs by their names, and `upload`, `download`,
-    `copy`, `replay of` what a captured graph begins with. Copies must lie within one allocation, and gathered rows within their table. On the clock of
-    `record` a kernel, graph or copy takes a `tick`, unless `durations` says otherwise.
+    `copy`, `replay of` what a captured graph begins with. Copies must lie within one allocation, and gathered rows
+    within their table. On the clock of `record` a kernel, graph or copy takes a `tick`, unless `durations` says
+    otherwise.
     """
 
     threads = 4

@@ -1,5 +1,6 @@
 """The engine `cuda` draws what the ONNX Runtime engine draws, on kernels executed on the CPU."""
 
+import ctypes
 from collections import Counter
 from dataclasses import replace
 
@@ -24,7 +25,7 @@ from bar_edge.runtime.noise import SeededNoise
 from bar_edge.runtime.sampling import to_uint8
 
 from .emulated import EmulatedDevice
-from .emulated_engine import kernel_loop
+from .emulated_engine import EmulatedGenerator, kernel_loop
 from .fake_driver import CUresult, FakeDriver, stand_in
 
 FLIPS, QUANTIZED_FLIPS = 0.005, 0.01
@@ -168,6 +169,23 @@ def test_a_token_takes_seven_launches_a_layer_and_three_a_block(patch1, emulate)
     head_pass = 3 * blocks + 2
     assert sum(launched.values()) == len(around) + step + passes * (head_pass + 2) + 1
     assert all(launched[name] == 1 for name in (*around, "advance"))
+
+
+@pytest.mark.parametrize("form", ["fp32", "int8", "int8-weight", "int4-weight"])
+def test_the_engine_proves_itself(golden, emulate, prepacked, form):
+    bundle = golden.bundle if form == "fp32" else golden.quantized(form)
+    found = selftest.run(EmulatedGenerator(prepacked(bundle), emulate(bundle, 1).loop))
+    assert found.passed, found.sentence
+
+
+def test_a_fault_of_the_head_too_small_for_decisions_is_found(cases, emulate, prepacked):
+    """One bias of a model whose tokens have 64 bits, of which 2 % may flip."""
+    case = cases("patch4")
+    gpu = emulate(case.bundle, 1)
+    address = gpu.loop._graphs._weights.layer("lm_head.output_embed").bias
+    ctypes.c_float.from_address(address).value += 0.2
+    found = selftest.run(EmulatedGenerator(prepacked(case.bundle), gpu.loop))
+    assert not found.passed and found.sentence.startswith("logits differ by")
 
 
 # -- what is refused, and what there is room for -----------------------------------------------------------------------

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from onnx import TensorProto
 
 from bar_edge.runtime.engines import Batch
@@ -14,7 +15,7 @@ from bar_edge.runtime.engines.cuda.timeline import STAGES, Timeline
 from bar_edge.runtime.errors import CompatibilityError, EngineError
 from bar_edge.runtime.generator import Generator
 from bar_edge.runtime.noise import RecordedNoise, SeededNoise
-from bar_edge.runtime.sampling import to_fine_grid, to_raster
+from bar_edge.runtime.sampling import Schedule, to_fine_grid, to_raster
 from bar_edge.runtime.spec import Recipe
 
 from . import emulated
@@ -101,6 +102,15 @@ TOKEN = "replay of place_token"
 def from_first_token(device):
     """Events since the first token."""
     return device.events[device.events.index(TOKEN) :]
+
+
+@torch.inference_mode()
+def first_logits(case, batch, loop):
+    """Logits [rows, K, 2] of the reference's first head pass from the latents that a loop had last."""
+    latents = torch.from_numpy(loop.last_latents(len(batch.class_ids)))
+    ratio = Schedule.of(batch.recipe, case.spec.bits_per_token).mask_ratio[0]
+    nothing_known = torch.full((len(latents), case.spec.bits_per_token), 2)
+    return case.reference.lm_head(nothing_known, latents, torch.full((len(latents),), float(ratio))).numpy()
 
 
 class DeviceBits:
@@ -324,6 +334,24 @@ def test_the_last_latents_are_those_of_onnxruntime(small, emulate, classes, guid
     loop.sample(batch)
     expected(small, batch)
     np.testing.assert_allclose(loop.last_latents(len(classes)), small.runtime._engine.last_latents(), atol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [[1, 2, 3], [4, 5]], ids=["full", "padded"])
+@pytest.mark.parametrize("guidance", [3.0, 1.0])
+def test_the_first_logits_are_those_of_the_reference(small, emulate, classes, guidance):
+    loop = emulate(small.bundle, profile_of(small)).loop
+    batch = batch_of(small, classes, guidance=guidance)
+    loop.sample(batch)
+    reference = first_logits(small, batch, loop)
+    found = loop.first_logits(len(classes))
+    np.testing.assert_allclose(found, reference, rtol=0, atol=2e-6 * np.abs(reference).max())
+
+
+def test_looking_at_the_logits_changes_nothing_that_is_drawn(small, emulate):
+    loop, batch = emulate(small.bundle, profile_of(small)).loop, batch_of(small, [1, 2])
+    drawn, logits = loop.sample(batch), loop.first_logits(2)
+    np.testing.assert_array_equal(loop.first_logits(2), logits)
+    np.testing.assert_array_equal(loop.sample(batch), drawn)
 
 
 # ---- what the device is asked to do ----
