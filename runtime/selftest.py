@@ -147,7 +147,8 @@ def run(generator: Generator) -> SelfTest:
         allowed = f"{tolerance.root_mean_square:.0f} is allowed"
         failures.append(f"pixels differ by {pixel_rms:.1f} levels (root mean square), {allowed}")
     equal = f"{wrong.size - int(wrong.sum())} of {wrong.size}" if wrong.any() else f"all {wrong.size}"
-    sentence = "; ".join(failures) or f"{equal} bits equal, pixels within {pixel_error} level"
+    levels = f"{pixel_error} level{'' if pixel_error == 1 else 's'}"
+    sentence = "; ".join(failures) or f"{equal} bits equal, pixels within {levels}"
     return SelfTest(
         generator.engine_name, not failures, int(wrong.sum()), wrong.size, first, latent_error, logit_error,
         pixel_error, pixel_rms, sentence,
