@@ -234,9 +234,14 @@ class Bench:
                 for stage, seconds in drawn.seconds.items():
                     samples[run.name].setdefault(stage, []).extend(seconds)
         for run, worker in self._timed():
-            run.batches.append(_figures(batch_size, samples[run.name], joules[run.name]))
-            run.batches[-1]["peak_rss_bytes"] = worker.peak_rss_bytes()
-            run.batches[-1]["gpu_memory_bytes"] = energy.gpu_memory_bytes(worker.pid)
+            figures = _figures(batch_size, samples[run.name], joules[run.name])
+            try:
+                figures["peak_rss_bytes"] = worker.peak_rss_bytes()
+            except ContenderError as error:
+                run.fail(f"batch {batch_size}: {error}")
+                continue
+            figures["gpu_memory_bytes"] = energy.gpu_memory_bytes(worker.pid)
+            run.batches.append(figures)
 
     def _explain(self, run: _Run, worker: Worker, batch: dict[str, Any]) -> None:
         """Where the time of a batch went, and what that was of the best that its device can do."""

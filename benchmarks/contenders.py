@@ -87,7 +87,6 @@ class PyTorch:
         self._spec = checkpoint.spec
         self._recipe = Recipe(recipe["guidance"], recipe["temperature"], tuple(recipe["allocation"]))
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._synchronize = torch.cuda.synchronize if self._device == "cuda" else None
         self._model = build_generator(checkpoint, kind).to(self._device)
         decoder = build_decoder(checkpoint, kind).to(self._device)
         self._to_pixels = Captured(decoder) if compiled and self._device == "cuda" else decoder
@@ -105,12 +104,11 @@ class PyTorch:
 
     def draw(self, images: int, seed: int, least_seconds: float = 0) -> Drawn:
         """Draw, decode and time a batch, again and again until so many seconds have passed."""
-        on_gpu = self._synchronize is not None
 
         def draw(
             class_ids: NDArray[np.int64], noise: NoiseSource, progress: TokenProgress
         ) -> tuple[Bits, NDArray[np.uint8]]:
-            bits = self._sample(class_ids, noise, None if on_gpu else progress)
+            bits = self._sample(class_ids, noise, None if self.device() == "gpu" else progress)
             return bits, to_uint8(self._decode(bits))
 
         return _timed(draw, self._spec, *self._request(images, seed), least_seconds)
@@ -131,7 +129,7 @@ class PyTorch:
         owner = self._sampler(images) if self._compiled else self._model
         split = profiles.split_pytorch(
             owner, self._sample, self._decode, self._spec, self._recipe, class_ids, noise, compiled=self._compiled,
-            synchronize=self._synchronize,
+            clock=profiles.TorchEvents() if self.device() == "gpu" else profiles.HostClock(),
         )  # fmt: skip
         return asdict(split)
 
@@ -145,7 +143,7 @@ class PyTorch:
         It is kept for the next time, because energy is measured around whole calls.
         """
         class_ids, noise = _request(self._spec, images, seed)
-        if self._synchronize is None:
+        if self.device() == "cpu":
             return class_ids, noise
         if (images, seed) not in self._noise:
             uniforms = noise.uniforms(self._spec.num_tokens, len(self._recipe.allocation), self._spec.bits_per_token)
@@ -251,22 +249,29 @@ class Machine:
 class Gpu:
     """What the first GPU can do at best: copy its own memory."""
 
-    def __init__(self, *, mebibytes: int = 512, copies: int = 20) -> None:
-        """Two buffers of a size far beyond any cache. Raises EngineError, MemoryError."""
+    def __init__(self, *, mebibytes: int = 512, copies: int = 20, awake_after: float = 0.2) -> None:
+        """Two buffers of a size far beyond any cache, and seconds of copying first. Raises EngineError, MemoryError."""
         self._device, self._size, self._copies = CudaDevice(), mebibytes * 2**20, copies
+        self._awake_after = awake_after
         with self._device.current():
             self._source, self._target = (self._device.allocate(self._size) for _ in range(2))
 
     def gpu_bytes_per_second(self) -> float:
-        """Bytes read plus bytes written, by the median of some copies."""
-        device = self._device
+        """Bytes read plus bytes written, by the median of some copies, when its clocks have risen."""
+        device, begin = self._device, time.perf_counter()
         with device.current():
-            marks = [device.record()]
-            for _ in range(self._copies):
-                device.copy(self._target, self._source, self._size)
-                marks.append(device.record())
-            seconds = np.median([device.seconds(*pair) for pair in pairwise(marks)])
-        return 2 * self._size / float(seconds)
+            seconds = self._copy_seconds()
+            while time.perf_counter() < begin + self._awake_after:
+                seconds = self._copy_seconds()
+        return 2 * self._size / seconds
+
+    def _copy_seconds(self) -> float:
+        device = self._device
+        marks = [device.record()]
+        for _ in range(self._copies):
+            device.copy(self._target, self._source, self._size)
+            marks.append(device.record())
+        return float(np.median([device.seconds(*pair) for pair in pairwise(marks)]))
 
 
 def _request(spec: ModelSpec, images: int, seed: int) -> tuple[NDArray[np.int64], SeededNoise]:

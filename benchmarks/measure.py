@@ -23,6 +23,7 @@ from typing import Any
 from bar_edge.benchmarks.machine import machine, versions
 
 Report = dict[str, Any]
+_STATUS = Path("/proc/self/status")  # getrusage would count what the parent held when it started this process
 _END_SECONDS = 3
 _ENDED = "the process ended without an answer (out of memory?)"
 _starting = threading.Lock()  # processes inherit the environment, which is one for all threads
@@ -100,9 +101,10 @@ class Worker:
             raise ContenderError(answer)
         return answer
 
-    def peak_rss_bytes(self) -> int:
-        """Peak resident memory of the process so far, loading included."""
-        return int(self._ask(("rss",)))
+    def peak_rss_bytes(self) -> int | None:
+        """Peak resident memory of the process so far, loading included; None where the system does not tell."""
+        peak: int | None = self._ask(("rss",))
+        return peak
 
     def stop(self) -> None:
         """End the process."""
@@ -138,13 +140,13 @@ def save(report: Report, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def peak_rss_bytes() -> int:
-    """The peak resident set of this process, mapped files included; 0 where the system does not tell."""
-    status = Path("/proc/self/status")  # getrusage would count what the parent held when it started this process
-    if not status.exists():
-        return 0
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+def peak_rss_bytes() -> int | None:
+    """The peak resident set of this process, mapped files included; None where the system does not tell."""
+    if not _STATUS.exists():
+        return None
+    lines = _STATUS.read_text().splitlines()
+    peak = next((line.split()[1] for line in lines if line.startswith("VmHWM")), None)
+    return None if peak is None else int(peak) * 1024
 
 
 @contextmanager

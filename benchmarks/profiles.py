@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,51 @@ _LAST_OF_TRUNK, _LAST_OF_HEAD = "latent_condition_proj.bias", "lm_head.output_em
 
 Bits = NDArray[np.uint8]
 Sample = Callable[[NDArray[np.int64], NoiseSource, Any], Bits]
+
+
+class Clock(Protocol):
+    """What the parts of an image are timed with: the host's clock, or a GPU's."""
+
+    on_gpu: bool
+
+    def mark(self) -> Any:
+        """This moment."""
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """From one mark to another."""
+
+
+class HostClock:
+    """Where everything is done when a call returns."""
+
+    on_gpu = False
+
+    def mark(self) -> float:
+        """Seconds."""
+        return time.perf_counter()
+
+    def seconds(self, begin: float, end: float) -> float:
+        """From one mark to another."""
+        return end - begin
+
+
+class TorchEvents:
+    """CUDA events in PyTorch's stream, which nobody waits for before the end."""
+
+    on_gpu = True
+
+    def mark(self) -> Any:
+        """An event that is recorded."""
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """From one event to another; waits for them."""
+        end.synchronize()
+        return 1e-3 * float(begin.elapsed_time(end))
 
 
 @dataclass(frozen=True)
@@ -130,11 +176,11 @@ def split_pytorch(
     noise: NoiseSource,
     *,
     compiled: bool,
-    synchronize: Callable[[], None] | None,
+    clock: Clock,
 ) -> StageSplit:
     """Split one batch of the reference. `owner` is the generator, or the sampler with the compiled functions.
 
-    `synchronize` waits for the GPU that it runs on; tokens are then timed here, from the second on.
+    With the clock of a GPU, tokens are timed here as well, from the second on.
     """
     if compiled:
         sample(class_ids, noise, None)  # compiles
@@ -145,34 +191,36 @@ def split_pytorch(
             (owner, "prefix_latents", "prefix"), (owner, "token_latents", "trunk"), (owner.lm_head, "forward", "head"),
         )  # fmt: skip
         method = "timers around modules; sampling is the rest of the token loop"
-    if synchronize is not None:
-        method += "; the GPU is waited for before and after each"
-        method += ", and these are CUDA graphs" if compiled else ""
+    if clock.on_gpu:
+        method = method.replace("timers", "CUDA events")
+        method += "; these are CUDA graphs" if compiled else "; what the GPU waits for the host's launches is in each"
     begin = time.perf_counter()
     recorded = RecordedNoise(*noise.uniforms(spec.num_tokens, len(recipe.allocation), spec.bits_per_token))
     noised = time.perf_counter()
-    stamps: list[float] = []
+    stamps: list[Any] = []
 
     def stamp(done: int, total: int) -> None:
-        if synchronize is not None:
-            synchronize()
-            stamps.append(time.perf_counter())
+        if clock.on_gpu:
+            stamps.append(clock.mark())
 
-    with _timers(parts, synchronize) as seconds:
+    with _timers(parts, clock) as spans:
         bits = sample(class_ids, recorded, stamp)
     sampled = time.perf_counter()
+    seconds = {stage: sum(clock.seconds(*pair) for pair in of_stage) for stage, of_stage in spans.items()}
+    before_decode = time.perf_counter()
     pixels = decode(bits)
     decoded = time.perf_counter()
     to_uint8(pixels)
     end = time.perf_counter()
     loop = sampled - noised - sum(seconds.values())
     host = (noised - begin) + (end - decoded)
+    wall = (sampled - begin) + (end - before_decode)
     if compiled:
         host += loop
     else:
         seconds["sampling"] = loop
-    tokens = np.diff(stamps).tolist() or None
-    return StageSplit({**seconds, "decode": decoded - sampled, "host": host}, end - begin, method, token_seconds=tokens)
+    tokens = [clock.seconds(*pair) for pair in pairwise(stamps)] or None
+    return StageSplit({**seconds, "decode": decoded - before_decode, "host": host}, wall, method, token_seconds=tokens)
 
 
 def stages_of_nodes(path: Path) -> dict[str, str]:
@@ -288,18 +336,16 @@ def _by_stage(run: Iterable[Mapping[str, Any]], stage_of: Mapping[str, str]) -> 
 
 
 @contextmanager
-def _timers(
-    parts: Iterable[tuple[Any, str, str]], synchronize: Callable[[], None] | None
-) -> Iterator[dict[str, float]]:
-    """Time every call of (object, method) under a stage's name while the block runs."""
-    seconds: dict[str, float] = {}
+def _timers(parts: Iterable[tuple[Any, str, str]], clock: Clock) -> Iterator[dict[str, list[tuple[Any, Any]]]]:
+    """Mark begin and end of every call of (object, method) under a stage's name while the block runs."""
+    spans: dict[str, list[tuple[Any, Any]]] = {}
     before = []
     for owner, method, stage in parts:
-        seconds[stage] = 0.0
+        spans[stage] = []
         before.append((owner, method, owner.__dict__.get(method)))
-        setattr(owner, method, _timed(getattr(owner, method), seconds, stage, synchronize))
+        setattr(owner, method, _timed(getattr(owner, method), spans[stage], clock))
     try:
-        yield seconds
+        yield spans
     finally:
         for owner, method, own in before:
             if own is None:
@@ -308,17 +354,11 @@ def _timers(
                 setattr(owner, method, own)
 
 
-def _timed(
-    function: Callable[..., Any], seconds: dict[str, float], stage: str, synchronize: Callable[[], None] | None
-) -> Callable[..., Any]:
+def _timed(function: Callable[..., Any], spans: list[tuple[Any, Any]], clock: Clock) -> Callable[..., Any]:
     def call(*arguments: Any, **named: Any) -> Any:
-        if synchronize is not None:
-            synchronize()  # or what was put into the stream before would count
-        begin = time.perf_counter()
+        begin = clock.mark()
         result = function(*arguments, **named)
-        if synchronize is not None:
-            synchronize()
-        seconds[stage] += time.perf_counter() - begin
+        spans.append((begin, clock.mark()))
         return result
 
     return call

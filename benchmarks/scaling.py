@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bar_edge.benchmarks.measure import Contender, Report, Worker, save, stamp
+from bar_edge.benchmarks.tables import mebibytes
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.errors import RequestError
 from bar_edge.runtime.terminal import run_function
@@ -50,7 +51,9 @@ def measure(bundles: Sequence[Path], batches: Sequence[int], threads: Sequence[i
     return runs
 
 
-def _run(path: Path, bundle: Bundle, batch: int, threads: int, seconds: dict[str, list[float]], peak: int) -> Report:
+def _run(
+    path: Path, bundle: Bundle, batch: int, threads: int, seconds: dict[str, list[float]], peak: int | None
+) -> Report:
     token = np.asarray(seconds["token"])
     places = np.array_split(np.arange(1, len(token) + 1), min(_POINTS, len(token)))
     parts = np.array_split(token, min(_POINTS, len(token)))
@@ -131,8 +134,7 @@ def _sentence(run: Report) -> str:
     return (
         f"{run['bundle']}, batch {run['batch']}, {run['threads']} threads: {run['image_seconds']:.2f} s an image, "
         f"{1e3 * run['token_seconds']:.1f} ms a token ({1e3 * grown['start']:.1f}, and {1e6 * grown['slope']:.1f} µs a "
-        f"position), "
-        f"{run['peak_rss_bytes'] / 2**20:,.0f} MiB"
+        f"position), {mebibytes(run['peak_rss_bytes'])} MiB"
     )
 
 
@@ -144,7 +146,7 @@ def table(runs: Sequence[Report]) -> Table:
         made.add_row(
             run["bundle"], *(str(run[name]) for name in ("tokens", "layers", "batch", "threads")),
             f"{run['image_seconds']:.2f}", f"{1e3 * run['token_seconds']:.1f}", f"{1e6 * growth(run)['slope']:.1f}",
-            f"{run['peak_rss_bytes'] / 2**20:,.0f}",
+            mebibytes(run["peak_rss_bytes"]),
         )  # fmt: skip
     return made
 

@@ -16,7 +16,7 @@ import numpy as np
 from bar_edge.runtime import weights
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines.cuda import cache
-from bar_edge.runtime.engines.cuda.device import Address, CudaDevice, load_driver
+from bar_edge.runtime.engines.cuda.device import Address, CudaDevice, check_compiler, load_driver
 from bar_edge.runtime.engines.cuda.gpu_engine import GpuEngine
 from bar_edge.runtime.engines.cuda.loop import GRAPHS, ITEMSIZES, TABLES
 from bar_edge.runtime.engines.cuda.profile import Profile
@@ -34,7 +34,7 @@ RTX_CAPABILITIES = (75, 80, 86, 89, 120, 121)  # of TensorRT-RTX 1.7; data-centr
 def status() -> tuple[bool, str]:
     """(usable, versions or reason)."""
     try:
-        load_driver()
+        check_compiler(load_driver())  # kernels of ours are around the plans
     except EngineError as error:
         return False, str(error)
     found = []

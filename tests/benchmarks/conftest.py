@@ -55,7 +55,10 @@ class InProcess:
 
     def __init__(self, contender: Contender, threads: int, answer_seconds: float | None = None) -> None:
         module, _, name = contender.factory.partition(":")
-        small = {"Machine": {"mebibytes": 1, "matrix": 8}, "Gpu": {"mebibytes": COPIED // 2**20, "copies": 3}}
+        small = {
+            "Machine": {"mebibytes": 1, "matrix": 8},
+            "Gpu": {"mebibytes": COPIED // 2**20, "copies": 3, "awake_after": 0},
+        }
         self._contender = getattr(import_module(module), name)(**{**contender.arguments, **small.get(name, {})})
 
     def __enter__(self) -> "InProcess":

@@ -252,10 +252,13 @@ def accept(acceptance, emulated_gpu, small, prepacked, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "Worker", InProcess)
 
     def run():
-        gpu_acceptance.accept(acceptance, tmp_path, ("bar_b", "bar_b_patch4"), (1, 2))
+        gpu_acceptance.accept(acceptance, tmp_path, ("bar_b", "bar_b_patch4"), (2, 3))
         return read(tmp_path)
 
     return run
+
+
+TIMED = ("batch 1", "compiled PyTorch, batch 1", "batched, batch 2", "batched, batch 3")
 
 
 def test_everything_is_in_the_report(accept, acceptance):
@@ -263,22 +266,23 @@ def test_everything_is_in_the_report(accept, acceptance):
     assert {name: part["outcome"] for name, part in report["parts"].items()} == {
         **dict.fromkeys(("engines", "kernels", "demo", "products", "bar_b, bundles"), "done"),
         "bar_b_patch4, bundles": "failed: EngineError: no disk",
-        **dict.fromkeys(("bar_b, batch 1", "bar_b, batch 2", "bar_b, compiled PyTorch, batch 1"), "done"),
+        **dict.fromkeys((f"bar_b, {part}" for part in TIMED), "done"),
         **{
             f"bar_b_patch4, {part}": "failed: EngineError: there is no bundle of it for an engine that works here"
-            for part in ("batch 1", "batch 2", "compiled PyTorch, batch 1")
+            for part in TIMED
         },
     }
     assert report["commit"] is None or len(report["commit"]["hash"]) == 40
     assert report["engines"]["cuda"]["usable"]
     assert report["bar_b, bundles"] == {"bundles": ["bundle-cuda"], "refused": {"bar_b, tensorrt": "no library"}}
-    contenders = {entry["name"]: entry for entry in report["bar_b"]["contenders"]}
-    assert contenders["PyTorch fp32"]["state"] == "reference"
-    for name in ("PyTorch TF32", "PyTorch bf16", "bundle-cuda, cuda"):
-        first, second = contenders[name]["batches"]
-        assert (first["image"]["count"], second["image"]["count"]) == (5, 2)
-        assert first["stages"]["seconds"] and first["bytes_per_token"] > 0
-        assert first.keys() >= {"joules_per_image", "gpu_memory_bytes", "fraction_of_bandwidth"}
+    for key, counts in (("bar_b", [5]), ("bar_b, batched", [2, 2])):
+        contenders = {entry["name"]: entry for entry in report[key]["contenders"]}
+        assert contenders["PyTorch fp32"]["state"] == "reference"
+        for name in ("PyTorch TF32", "PyTorch bf16", "bundle-cuda, cuda"):
+            batches = contenders[name]["batches"]
+            assert [batch["image"]["count"] for batch in batches] == counts
+            assert batches[0]["stages"]["seconds"] and batches[0]["bytes_per_token"] > 0
+            assert batches[0].keys() >= {"joules_per_image", "gpu_memory_bytes", "fraction_of_bandwidth"}
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
     for table in gpu_acceptance.summary(acceptance.report):
         console.print(table)
@@ -296,7 +300,7 @@ def test_what_there_is_no_time_for_is_named(accept, acceptance, clock, monkeypat
     monkeypatch.setattr(bench.Bench, "measure", slow)
     report = accept()
     assert report["parts"]["bar_b, batch 1"] == {"outcome": "done", "seconds": 430}
-    for name in ("bar_b, batch 2", "bar_b, compiled PyTorch, batch 1"):
+    for name in ("bar_b, batched, batch 2", "bar_b, compiled PyTorch, batch 1"):
         assert report["parts"][name]["outcome"].startswith("not run: out of time")
     assert [batch["batch_size"] for batch in report["bar_b"]["contenders"][1]["batches"]] == [1]
 
@@ -355,3 +359,10 @@ def test_products_are_timed_in_a_process_of_their_own(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_acceptance.subprocess, "run", lambda command, **_: failed)
     with pytest.raises(EngineError, match="no driver"):
         gpu_acceptance._products(tmp_path)
+
+
+def test_a_variant_is_made_in_a_process_of_its_own_and_what_fails_there_is_told(tmp_path):
+    with gpu_acceptance._making("bar_xxl", tmp_path) as worker:
+        assert worker.pid
+        with pytest.raises(measure.ContenderError, match="bar_xxl"):
+            worker.answer()

@@ -165,40 +165,44 @@ def test_the_report_is_shown_everywhere(report):
 
 @pytest.fixture
 def pytorch_on_gpu(small, monkeypatch):
-    """(PyTorch's contender as on a GPU, every time that it was waited for, what it sampled with)."""
+    """(PyTorch's contender as on a GPU, what it sampled with, told to whom)."""
     made = contenders.PyTorch(
         generator=str(small.generator), tokenizer=str(small.tokenizer), config=str(small.config),
         recipe=asdict(small.bundle.recipe), threads=1, dtype="float32", compiled=False,
     )  # fmt: skip
-    waited, sampled_with = [], []
+    sampled_with = []
     sample = made._sample
 
     def watched(class_ids, noise, progress):
-        sampled_with.append(noise)
+        sampled_with.append((noise, progress))
         return sample(class_ids, noise, progress)
 
-    monkeypatch.setattr(made, "_synchronize", lambda: waited.append(1))
+    monkeypatch.setattr(made, "device", lambda: "gpu")
     monkeypatch.setattr(made, "_sample", watched)
-    return made, waited, sampled_with
+    monkeypatch.setattr(profiles.HostClock, "on_gpu", True)
+    monkeypatch.setattr(profiles, "TorchEvents", profiles.HostClock)
+    return made, sampled_with
 
 
 def test_pytorch_on_a_gpu_is_not_waited_for_while_an_image_is_timed(pytorch_on_gpu, small):
-    made, waited, sampled_with = pytorch_on_gpu
+    made, sampled_with = pytorch_on_gpu
     drawn = made.draw(2, 4)
-    assert set(drawn.seconds) == {"image"} and not waited
+    assert set(drawn.seconds) == {"image"}
     made.draw(2, 4)
-    assert isinstance(sampled_with[0], RecordedNoise)  # made before the clock ran
-    assert sampled_with[1] is sampled_with[0]  # and before energy is measured
+    (first, told), (second, _) = sampled_with
+    assert told is None  # or it would be waited for, or marked, at every token
+    assert isinstance(first, RecordedNoise)  # made before the clock ran
+    assert second is first  # and before energy is measured
     expected = small.runtime.sample(np.arange(2), small.bundle.recipe, SeededNoise(4, range(2)))
     assert (drawn.bits == expected).all()
 
 
 def test_the_time_of_pytorchs_tokens_on_a_gpu_is_from_the_split(pytorch_on_gpu, small):
-    made, waited, _ = pytorch_on_gpu
+    made, _ = pytorch_on_gpu
     split = made.profile(2, 4)
     assert len(split["token_seconds"]) == small.spec.num_tokens - 1 and min(split["token_seconds"]) > 0
     assert sum(split["token_seconds"]) < split["wall_seconds"]
-    assert waited
+    assert "CUDA events" in split["method"]
 
 
 def test_only_tf32_rounds_convolutions_to_it(small, monkeypatch):
@@ -227,7 +231,7 @@ def test_an_engine_without_a_timeline_is_said_so(small):
 
 
 def test_the_gpus_speed_is_the_median_of_its_copies(emulated_gpu):
-    gpu = contenders.Gpu(mebibytes=3, copies=5)
+    gpu = contenders.Gpu(mebibytes=3, copies=5, awake_after=0)
     (device,) = emulated_gpu
     device.durations["copy"] = 0.5
     assert gpu.gpu_bytes_per_second() == 2 * 3 * 2**20 / 0.5

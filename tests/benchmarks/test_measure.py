@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bar_edge.benchmarks import measure
 from bar_edge.benchmarks.machine import machine, versions
 from bar_edge.benchmarks.measure import Contender, ContenderError, Worker, peak_rss_bytes, save, stamp
 
@@ -114,3 +115,13 @@ def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save({"a": 1}, tmp_path / "report.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_system_that_does_not_tell_of_peaks_is_no_error(monkeypatch, tmp_path):
+    status = tmp_path / "status"
+    monkeypatch.setattr(measure, "_STATUS", status)
+    assert peak_rss_bytes() is None
+    status.write_text("Name:\tpython\nVmSize:\t 20480 kB\nVmRSS:\t  1024 kB\n")
+    assert peak_rss_bytes() is None
+    status.write_text("VmHWM:\t    2048 kB\nVmRSS:\t  1024 kB\n")
+    assert peak_rss_bytes() == 2 * 2**20

@@ -48,6 +48,19 @@ def test_the_profiled_engine_draws_the_same(small, tmp_path):
     plain.close()
 
 
+class Counted(profiles.HostClock):
+    """The host's clock in the place of a GPU's, and how often it was looked at."""
+
+    on_gpu = True
+
+    def __init__(self):
+        self.marks = 0
+
+    def mark(self):
+        self.marks += 1
+        return super().mark()
+
+
 def test_the_reference_is_split_and_left_as_it_was(small):
     from bar_edge.export.model import generate_bits
 
@@ -61,44 +74,45 @@ def test_the_reference_is_split_and_left_as_it_was(small):
         return np.zeros((len(bits), 3, 4, 4), dtype=np.float32)
 
     request = (np.arange(2), SeededNoise(0, range(2)))
-    waited = []
-    split = profiles.split_pytorch(
-        small.reference, sample, decode, spec, recipe, *request, compiled=False, synchronize=lambda: waited.append(1)
-    )
+    clock = Counted()
+    split = profiles.split_pytorch(small.reference, sample, decode, spec, recipe, *request, compiled=False, clock=clock)
     assert set(split.seconds) == set(profiles.STAGES)
     assert sum(split.seconds.values()) == pytest.approx(split.wall_seconds, rel=0.01)
     assert split.overhead is None
     parts = spec.num_tokens * (1 + len(recipe.allocation))
-    assert len(waited) == 2 * parts + spec.num_tokens  # for a GPU: before and after every part, and after every token
+    assert clock.marks == 2 * parts + spec.num_tokens  # for a GPU: before and after every part, and after every token
     assert len(split.token_seconds) == spec.num_tokens - 1
     assert sum(split.token_seconds) < split.wall_seconds
     assert not {"prefix_latents", "token_latents"} & small.reference.__dict__.keys()
     assert "forward" not in small.reference.lm_head.__dict__
 
 
-class Queue:
-    """A GPU: what is put into its stream takes a second each and is done when it is waited for."""
+class Stream:
+    """A GPU's clock: its stream is done with a step a second after that was put into it, and nobody waits."""
+
+    on_gpu = True
 
     def __init__(self):
-        self.now, self.waiting = 0, 0
+        self.now = 0
 
-    def perf_counter(self):
+    def mark(self):
         return self.now
 
-    def synchronize(self):
-        self.now, self.waiting = self.now + self.waiting, 0
+    def seconds(self, begin, end):
+        return end - begin
 
     def step(self):
-        self.waiting += 1
+        self.now += 1
 
 
-def test_a_stage_does_not_pay_for_what_was_in_the_stream_before_it(monkeypatch):
-    gpu = Queue()
-    monkeypatch.setattr(profiles, "time", gpu)
-    gpu.waiting = 5
-    with profiles._timers([(gpu, "step", "trunk")], gpu.synchronize) as seconds:
+def test_a_stage_is_what_lies_between_its_marks_in_the_stream():
+    gpu = Stream()
+    gpu.now = 5
+    with profiles._timers([(gpu, "step", "trunk")], gpu) as spans:
         gpu.step()
-    assert seconds == {"trunk": 1}
+        gpu.now += 3  # of nobody's
+        gpu.step()
+    assert spans == {"trunk": [(5, 6), (9, 10)]}
 
 
 def test_on_the_cpu_the_split_times_no_tokens(small):
@@ -112,7 +126,7 @@ def test_on_the_cpu_the_split_times_no_tokens(small):
 
     split = profiles.split_pytorch(
         small.reference, sample, lambda bits: np.zeros((len(bits), 3, 4, 4), np.float32), spec, recipe, np.arange(1),
-        SeededNoise(0, range(1)), compiled=False, synchronize=None,
+        SeededNoise(0, range(1)), compiled=False, clock=profiles.HostClock(),
     )  # fmt: skip
     assert split.token_seconds is None
 

@@ -6,6 +6,7 @@ unless it is given one, so two generators in one process do not wait for each ot
 """
 
 import ctypes
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any, Protocol, SupportsIndex
 import numpy as np
 from numpy.typing import NDArray
 
-from bar_edge.runtime.engines.cuda.compiler import kernels
+from bar_edge.runtime.engines.cuda.compiler import installed, kernels
 from bar_edge.runtime.errors import EngineError
 
 Address = int
@@ -68,8 +69,8 @@ class Device(Protocol):
     def seconds(self, begin: CudaEvent, end: CudaEvent) -> float:
         """What the stream took from one mark to another. Waits for both."""
 
-    def wait_for(self, stream: int) -> None:
-        """Wait until another stream has done what it was given."""
+    def wait_for(self, stream: int | None) -> None:
+        """Wait until another stream, or with None every one, has done what it was given."""
 
     def current(self) -> Any:
         """A context manager within which the other methods may be called."""
@@ -86,7 +87,10 @@ class Work(Protocol):
 
 @dataclass(frozen=True)
 class DeviceArray:
-    """Memory of the loop that others may read, through `__cuda_array_interface__`, until its next call."""
+    """Memory of the loop that others may read, through `__cuda_array_interface__`, and have read before its next call.
+
+    It is not to be written, though the interface does not say so: PyTorch takes no array that does.
+    """
 
     address: Address
     shape: tuple[int, ...]
@@ -96,7 +100,7 @@ class DeviceArray:
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         return {
-            "shape": self.shape, "typestr": self.dtype.str, "data": (self.address, True), "version": 3,
+            "shape": self.shape, "typestr": self.dtype.str, "data": (self.address, False), "version": 3,
             "strides": None, "stream": self.stream,
         }  # fmt: skip
 
@@ -182,6 +186,7 @@ class CudaDevice:
             with self.current():
                 device = self.call("cuCtxGetDevice")
                 self.sm = capability(driver, device)
+                check_compiler(driver)
                 cubin = kernels(self.sm)
                 count = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
                 self.multiprocessors = self.call("cuDeviceGetAttribute", count, device)
@@ -244,7 +249,8 @@ class CudaDevice:
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self.call("cuStreamBeginCapture", self.stream, mode)
         try:
-            work()
+            with _no_garbage_collection():  # which may free somebody's device memory, and so end the capture
+                work()
         except BaseException:
             _, graph = driver.cuStreamEndCapture(self.stream)  # what went wrong in `work` is what counts
             if graph is not None and int(graph):
@@ -266,8 +272,10 @@ class CudaDevice:
             self.call("cuEventSynchronize", event)
         return 1e-3 * float(self.call("cuEventElapsedTime", begin, end))
 
-    def wait_for(self, stream: int) -> None:
-        if stream != self.stream:
+    def wait_for(self, stream: int | None) -> None:
+        if stream is None:
+            self.call("cuCtxSynchronize")
+        elif stream != self.stream:
             self.call("cuStreamSynchronize", stream)
 
     def replay(self, graph: CudaGraph) -> None:
@@ -306,6 +314,29 @@ class CudaDevice:
             raise EngineError(f"the CUDA driver answered {status.name} to {function}")
 
 
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def check_compiler(driver: ModuleType) -> None:
+    """Raise EngineError if NVRTC is of a newer CUDA than the driver, which does not load what that compiles."""
+    compiler, _ = installed()
+    _, found = driver.cuDriverGetVersion()
+    newest = found // 1000
+    if int(compiler.partition(".")[0]) > newest:
+        raise EngineError(
+            f"NVRTC {compiler} compiles what this driver, for CUDA {_dotted(found)}, does not load: install a newer "
+            f"driver, or an NVRTC for CUDA {newest} (pip install 'bar-edge[cuda12]' for CUDA 12)"
+        )
+
+
 def load_driver() -> ModuleType:
     """The driver's bindings, initialised. Raises EngineError with what is missing."""
     try:
@@ -336,7 +367,7 @@ def driver_version() -> str | None:
     except EngineError:
         return None
     _, version = driver.cuDriverGetVersion()
-    return f"{version // 1000}.{version % 1000 // 10}"
+    return _dotted(version)
 
 
 def host_sm() -> int | None:
@@ -347,3 +378,8 @@ def host_sm() -> int | None:
         return None
     status, device = driver.cuDeviceGet(0)
     return capability(driver, device) if status == driver.CUresult.CUDA_SUCCESS else None
+
+
+def _dotted(version: int) -> str:
+    """13000 of the driver as `13.0`."""
+    return f"{version // 1000}.{version % 1000 // 10}"

@@ -12,7 +12,7 @@ from typing import Any
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines import Batch
 from bar_edge.runtime.engines.cuda.compiler import kernels
-from bar_edge.runtime.engines.cuda.device import CudaDevice, driver_version, host_sm, load_driver
+from bar_edge.runtime.engines.cuda.device import CudaDevice, check_compiler, driver_version, host_sm, load_driver
 from bar_edge.runtime.engines.cuda.gpu_engine import GpuEngine
 from bar_edge.runtime.engines.cuda.graphs import ITEMSIZE, KernelGraphs, scratch_bytes
 from bar_edge.runtime.engines.cuda.layers import check
@@ -31,11 +31,12 @@ _USED = 0.9  # of the free memory; what is left is for captured graphs, and for 
 def status() -> tuple[bool, str]:
     """(usable, versions or reason)."""
     try:
-        load_driver()
+        driver = load_driver()
         sm = host_sm()
         if sm is None:
             return False, "the NVIDIA driver finds no GPU"
         check_capability(sm)
+        check_compiler(driver)
         kernels(sm)
     except (EngineError, CompatibilityError) as error:
         return False, str(error)
@@ -112,6 +113,8 @@ class CudaEngine(GpuEngine):
         return self._fitting[passes]
 
     def close(self) -> None:
-        with self.device.current():
-            self._resident.close()
-        super().close()
+        try:
+            with self.device.current():
+                self._resident.close()
+        finally:
+            super().close()

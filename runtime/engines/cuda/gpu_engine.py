@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -88,11 +89,13 @@ class GpuEngine(ABC):
         return loop.images_on_device(images, self.device.stream)
 
     def close(self) -> None:
-        for loop in self._loops.values():
-            loop.close()
-        self._loops.clear()
-        self._drawn.clear()
-        self.device.close()
+        """Also after an error of CUDA, when nothing can be given back but the context itself."""
+        with ExitStack() as last:
+            last.callback(self.device.close)
+            for loop in self._loops.values():
+                last.callback(loop.close)
+            self._loops.clear()
+            self._drawn.clear()
 
     def _keep(self, loop: Loop, part: Batch) -> None:
         images = len(part.class_ids)

@@ -160,11 +160,10 @@ class Loop:
         images = np.empty((len(bits), 3, spec.image_size, spec.image_size), dtype=np.float32)
         on_device = hasattr(bits, "__cuda_array_interface__")
         begin_address = address_of(bits, (len(bits), *shape), np.float32) if on_device else 0
-        producer = bits.__cuda_array_interface__.get("stream") if on_device else None
         size = 4 * spec.image_seq_len * spec.token_size
         with self._device.current():
-            if producer:
-                self._device.wait_for(producer)
+            if on_device:
+                self._wait_for_maker(bits.__cuda_array_interface__)
             for begin in range(0, len(bits), most):
                 part = images[begin : begin + most]
                 if on_device:
@@ -175,6 +174,11 @@ class Loop:
                 self._decode(len(part))
                 self._device.download(self._at["image"], part)
         return images
+
+    def _wait_for_maker(self, facts: Mapping[str, Any]) -> None:
+        """Of an array on the device: its stream if it names one, everything if it does not say that it need not be."""
+        if "stream" not in facts or facts["stream"] is not None:
+            self._device.wait_for(facts.get("stream"))
 
     def images_on_device(self, count: int, stream: int) -> DeviceArray:
         """The images [count, 3, H, W] decoded last."""

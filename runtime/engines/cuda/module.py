@@ -18,6 +18,11 @@ class Module(Protocol):
         """Put a kernel of `products.cu` into the device's stream, in blocks of `THREADS`."""
 
 
+def compile_products(sm: int) -> bytes:
+    """products.cu as a cubin for compute capability `sm`, from the cache where it was compiled. Raises EngineError."""
+    return compile_source(PRODUCTS, sm, OPTIONS)
+
+
 def load_products(device: CudaDevice) -> CudaKernels:
     """Compiled for the GPU that is there, once; called with the device current. Raises EngineError."""
-    return device.load(compile_source(PRODUCTS, device.sm, OPTIONS), THREADS)
+    return device.load(compile_products(device.sm), THREADS)

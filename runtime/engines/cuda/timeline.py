@@ -9,7 +9,10 @@ STAGES = ("prefix", "trunk", "head", "decode")  # the head's includes sampling, 
 
 
 class Timeline:
-    """Seconds on the GPU of every stage, span by span; what the GPU waits for the host between spans is in none."""
+    """Seconds of every stage in the stream, span by span; what the GPU waits for the host between spans is in none.
+
+    Within a span it is: the prefix's includes its uploads and what the host computes for them.
+    """
 
     def __init__(self, device: Device) -> None:
         self._device = device

@@ -135,6 +135,7 @@ def library(monkeypatch, host, weights_of_plans, tmp_path):
     made = FakeTensorRt(device, weights_of_plans)
     monkeypatch.setattr(tensorrt, "CudaDevice", lambda stream: device)
     monkeypatch.setattr(tensorrt, "load_driver", lambda: None)
+    monkeypatch.setattr(tensorrt, "check_compiler", lambda driver: None)
     monkeypatch.setattr(tensorrt, "load_library", lambda name: made)
     yield made
     device.check_guards()
@@ -444,6 +445,7 @@ def test_status_of_this_machine_agrees_with_the_driver():
 
 def test_status_without_a_library(monkeypatch):
     monkeypatch.setattr(tensorrt, "load_driver", lambda: None)
+    monkeypatch.setattr(tensorrt, "check_compiler", lambda driver: None)
     for name in tensorrt.LIBRARIES:
         monkeypatch.setitem(sys.modules, name, None)
     usable, reason = tensorrt.status()

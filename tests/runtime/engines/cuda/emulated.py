@@ -154,6 +154,9 @@ class EmulatedDevice:
     def seconds(self, begin: float, end: float) -> float:
         return end - begin
 
+    def wait_for(self, stream: int | None) -> None:
+        self.events.append(f"wait for {stream}")
+
     def current(self) -> Any:
         return nullcontext()
 

@@ -139,6 +139,11 @@ class FakeDriver:
 
     def _cuStreamSynchronize(self, stream: int) -> None: ...
 
+    def _cuCtxSynchronize(self) -> None: ...
+
+    def _cuDriverGetVersion(self) -> int:
+        return 13000
+
     def _cuStreamBeginCapture(self, stream: int, mode: int) -> CUresult | None:
         if stream == 0:
             return CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
@@ -204,17 +209,18 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, driver: FakeDriver) -> FakeDriver:
     """A fake driver in the place of the real one, with nothing to compile; all that the engine `cuda` needs."""
     monkeypatch.setattr(device, "import_module", lambda name: driver)
     monkeypatch.setattr(device, "kernels", lambda sm: f"cubin for {sm}".encode())
+    monkeypatch.setattr(device, "installed", lambda: ("13.0", (87,)))
     monkeypatch.setattr(module, "compile_source", lambda source, sm, options: b"cubin of the products")
     return driver
 
 
 _WITHOUT_CONTEXT = {
     "cuInit", "cuDeviceGet", "cuDeviceGetAttribute", "cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease",
-    "cuCtxGetCurrent", "cuCtxPushCurrent",
+    "cuCtxGetCurrent", "cuCtxPushCurrent", "cuDriverGetVersion",
 }  # fmt: skip
 _WITHOUT_RESULT = {
     "cuInit", "cuDevicePrimaryCtxRelease", "cuCtxPushCurrent", "cuMemFree", "cuMemsetD8Async", "cuMemcpyHtoDAsync",
     "cuMemcpyDtoHAsync", "cuMemcpyDtoDAsync", "cuStreamDestroy", "cuStreamSynchronize", "cuStreamBeginCapture",
     "cuEventRecord", "cuEventSynchronize", "cuEventDestroy", "cuGraphLaunch", "cuGraphDestroy", "cuGraphExecDestroy",
-    "cuModuleUnload", "cuLaunchKernel",
+    "cuModuleUnload", "cuLaunchKernel", "cuCtxSynchronize",
 }  # fmt: skip

@@ -335,6 +335,17 @@ def test_a_start_that_fails_holds_nothing(patch1, prepacked, driver, change, err
     assert nothing_is_held(driver)
 
 
+def test_after_an_error_of_cuda_the_next_engine_gets_a_new_context(patch1, prepacked, driver):
+    """Such a context gives nothing back, not even memory, and whoever shares it meets the error again."""
+    engine = start(prepacked(patch1.bundle), 1)
+    engine.sample(batch_of(patch1.bundle, [1]))
+    for call in ("cuStreamSynchronize", "cuMemFree", "cuModuleUnload"):
+        driver.answers[call] = CUresult.CUDA_ERROR_INVALID_VALUE
+    with pytest.raises(EngineError):
+        engine.close()
+    assert not driver.held["context"] and not driver.contexts
+
+
 def test_an_old_gpu_starts_no_engine(patch1, prepacked, driver, monkeypatch):
     monkeypatch.setattr(device_module, "capability", lambda driver, device: 75)
     with pytest.raises(CompatibilityError, match=r"SM 7\.5"):

@@ -1,8 +1,10 @@
 """The driver's side of the GPU: real where this machine has one, a driver that keeps books everywhere."""
 
+import gc
 import struct
 import sys
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -104,7 +106,7 @@ def test_an_array_that_does_not_fit_is_refused(changed, found):
 def test_memory_of_the_loop_for_others():
     array = DeviceArray(4096, (2, 3), np.dtype(np.float32), THEIRS)
     assert array.__cuda_array_interface__ == {
-        "shape": (2, 3), "typestr": "<f4", "data": (4096, True), "version": 3, "strides": None, "stream": THEIRS,
+        "shape": (2, 3), "typestr": "<f4", "data": (4096, False), "version": 3, "strides": None, "stream": THEIRS,
     }  # fmt: skip
     assert address_of(array, (2, 3), np.float32) == 4096
 
@@ -260,6 +262,43 @@ def test_a_captured_graph_is_replayed_in_the_stream(driver):
     assert not driver.capturing
     assert ("cuGraphLaunch", graph, device.stream) in driver.calls
     assert driver.held["graph"] == {graph}  # the one it was made from is gone
+
+
+def test_nothing_is_collected_within_a_capture(driver):
+    """What would be freed there may hold device memory, and freeing that is not allowed."""
+    device = CudaDevice()
+    with device.current():
+        seen = []
+        device.capture(lambda: seen.append(gc.isenabled()))
+        with pytest.raises(KeyError):
+            device.capture({}.popitem)
+        assert seen == [False] and gc.isenabled()
+        gc.disable()
+        try:
+            device.capture(lambda: None)
+            assert not gc.isenabled()
+        finally:
+            gc.enable()
+
+
+def test_another_stream_is_waited_for_or_all_of_them(driver):
+    device = CudaDevice()
+    with device.current():
+        driver.calls.clear()
+        device.wait_for(device.stream)
+        device.wait_for(5)
+        device.wait_for(None)
+    assert [call[:2] for call in driver.calls if "Synchronize" in call[0]] == [
+        ("cuStreamSynchronize", 5), ("cuCtxSynchronize",),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("compiler", "message"), [("12.9", None), ("13.1", None), ("14.0", "NVRTC 14.0")])
+def test_an_nvrtc_of_a_newer_cuda_than_the_driver_is_refused(driver, monkeypatch, compiler, message):
+    monkeypatch.setattr(device_module, "installed", lambda: (compiler, (87,)))
+    with nullcontext() if message is None else pytest.raises(EngineError, match=f"{message}.*for CUDA 13.0"):
+        CudaDevice().close()
+    assert not driver.held["context"]
 
 
 def test_a_capture_ends_even_if_the_work_fails(driver):

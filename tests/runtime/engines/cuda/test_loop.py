@@ -116,10 +116,10 @@ def first_logits(case, batch, loop):
 class DeviceBits:
     """Somebody else's device array."""
 
-    def __init__(self, device, array):
+    def __init__(self, device, array, **facts):
         self.address = device.allocate(array.nbytes)
         device.upload(self.address, array)
-        self._shape, self._dtype = array.shape, array.dtype
+        self._shape, self._dtype, self._facts = array.shape, array.dtype, facts
 
     def __len__(self):
         return self._shape[0]
@@ -128,7 +128,7 @@ class DeviceBits:
     def __cuda_array_interface__(self):
         return {
             "shape": self._shape, "typestr": self._dtype.str, "data": (self.address, False), "version": 3,
-            "strides": None, "stream": None,
+            "strides": None, **self._facts,
         }  # fmt: skip
 
 
@@ -301,11 +301,24 @@ def test_more_images_than_rows_are_decoded(patch1, emulate):
 def test_bits_on_the_device_are_decoded_where_they_are(patch1, emulate):
     gpu = emulate(patch1.bundle, profile_of(patch1, 2, guided=False))
     bits = random_bits(patch1, 5)
-    theirs = DeviceBits(gpu.device, bits.astype(np.float32))
+    theirs = DeviceBits(gpu.device, bits.astype(np.float32), stream=None)
     gpu.device.events.clear()
     np.testing.assert_array_equal(gpu.loop.decode(theirs), gpu.loop.decode(bits))
     gpu.device.free(theirs.address)
     assert "upload" not in gpu.device.events[: gpu.device.events.index("download")]
+
+
+@pytest.mark.parametrize(
+    ("facts", "waited"), [({"stream": None}, []), ({"stream": 5}, ["wait for 5"]), ({}, ["wait for None"])]
+)
+def test_who_made_bits_on_the_device_is_waited_for(patch1, emulate, facts, waited):
+    gpu = emulate(patch1.bundle, profile_of(patch1, 2, guided=False))
+    theirs = DeviceBits(gpu.device, random_bits(patch1, 2).astype(np.float32), **facts)
+    gpu.device.events.clear()
+    gpu.loop.decode(theirs)
+    gpu.device.free(theirs.address)
+    assert [event for event in gpu.device.events if event.startswith("wait")] == waited
+    assert gpu.device.events[: len(waited)] == waited
 
 
 def test_bits_of_another_shape_on_the_device_are_refused(patch1, emulate):
