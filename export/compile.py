@@ -9,8 +9,11 @@ bundle it was made from, and without onnx.
 import hashlib
 import json
 import shutil
+import signal
+import threading
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -142,6 +145,11 @@ class Builder:
 
     def build(self, path: Path, what: str) -> bytes:
         """The plan of an ONNX graph. Raises EngineError with the end of the builder's log."""
+        with _signals_noted() as noted:
+            return self._build(path, what, noted)
+
+    def _build(self, path: Path, what: str, noted: list[int]) -> bytes:
+        """`build`; it ends early, and not in an error, when a signal is noted."""
         trt = self._trt
         self._log.lines.clear()
         builder = trt.Builder(self._log)
@@ -153,7 +161,7 @@ class Builder:
         config = builder.create_builder_config()
         config.clear_flag(trt.BuilderFlag.TF32)
         timings = self._timing_cache(config)
-        config.progress_monitor = monitor = _monitor_of(trt)(what, self._report)
+        config.progress_monitor = _monitor_of(trt)(what, self._report, noted)
         if self._rtx:
             config.num_compute_capabilities = len(self._target.sms)
             for i, sm in enumerate(self._target.sms):
@@ -161,8 +169,8 @@ class Builder:
         else:
             config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         plan = builder.build_serialized_network(network, config)
-        if monitor.interrupted:
-            raise KeyboardInterrupt
+        if plan is None and noted:
+            return b""
         if plan is None:
             tail = " | ".join(self._log.lines) or "it said nothing"
             raise EngineError(f"{what}: {self._name} could not build an engine; the end of its log: {tail}")
@@ -179,7 +187,8 @@ class Builder:
             program = read_plan(plan)
             check_program(name, program, expected)
             return {"bytes": len(plan), **program.to_dict()}
-        engine = self._trt.Runtime(self._log).deserialize_cuda_engine(plan)
+        with _signals_noted():
+            engine = self._trt.Runtime(self._log).deserialize_cuda_engine(plan)
         inspector = engine.create_engine_inspector()
         listing = json.loads(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
         layers = [layer for layer in listing.get("Layers", ()) if isinstance(layer, dict)]
@@ -273,15 +282,39 @@ def _log_of(trt: ModuleType) -> Any:
     return _LOGS[trt.__name__]
 
 
+@contextmanager
+def _signals_noted() -> Iterator[list[int]]:
+    """What would interrupt Python within is noted, and interrupts it afterwards.
+
+    Else it would be raised in one of the builder's callbacks, and the builder swallows what these raise.
+    """
+    noted: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        noted.append(number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    in_main = threading.current_thread() is threading.main_thread()  # no other may change them
+    caught = [number for number, handler in before.items() if in_main and callable(handler)]
+    for number in caught:
+        signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        for number in caught:
+            signal.signal(number, before[number])
+        for number in noted[:1]:
+            signal.raise_signal(number)
+
+
 def _monitor_of(trt: ModuleType) -> Any:
     """A progress monitor that reports the builder's phases and stops it when interrupted."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined,misc]
-        def __init__(self, what: str, report: Progress) -> None:
+        def __init__(self, what: str, report: Progress, noted: list[int]) -> None:
             trt.IProgressMonitor.__init__(self)
-            self._what, self._report = what, report
+            self._what, self._report, self._noted = what, report, noted
             self._steps: dict[str, int] = {}
-            self.interrupted = False
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self._steps[phase_name] = num_steps
@@ -290,8 +323,8 @@ def _monitor_of(trt: ModuleType) -> Any:
             try:
                 self._report(f"compiling {self._what}: {phase_name}", step + 1, self._steps.get(phase_name, 0))
             except KeyboardInterrupt:
-                self.interrupted = True
-            return not self.interrupted
+                self._noted.append(signal.SIGINT)
+            return not self._noted
 
         def phase_finish(self, phase_name: str) -> None:
             self._steps.pop(phase_name, None)

@@ -3,6 +3,7 @@
 import errno
 import re
 import shutil
+import signal
 import sys
 from collections import Counter
 from math import prod
@@ -413,6 +414,24 @@ def test_a_plan_that_is_not_what_was_asked_for_is_not_published(compile_small, t
     with pytest.raises(EngineError, match=r"blocks\.0\.attn\.qkv fp32 instead of fp16; please report this"):
         compile_small()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("one_graph")
+def test_ctrl_c_within_the_builder_is_not_swallowed(compile_small, tmp_path, monkeypatch):
+    """The builder goes on after what its callbacks raise."""
+    log = type(compiler._log_of(pytest.importorskip("tensorrt_rtx")))
+    pressed = []
+
+    def press(self, severity, message):
+        if not pressed:
+            pressed.append(message)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(log, "log", press)
+    with pytest.raises(KeyboardInterrupt):
+        compile_small()
+    assert pressed and list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.usefixtures("one_graph")
