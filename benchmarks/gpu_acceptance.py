@@ -56,7 +56,7 @@ from bar_edge.export.prepack import prepack_bundle
 from bar_edge.runtime import engines, selftest
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines.cuda.device import driver_version, host_sm
-from bar_edge.runtime.engines.cuda.module import compile_products
+from bar_edge.runtime.engines.cuda.module import compile_model
 from bar_edge.runtime.engines.onnxruntime import cpu_count
 from bar_edge.runtime.errors import BarEdgeError, EngineError
 from bar_edge.runtime.generator import Generator
@@ -244,7 +244,7 @@ def _engines() -> dict[str, Any]:
     states = [engines.status(name) for name in engines.NAMES]
     sm = host_sm()
     if sm is not None and any(state.usable for state in states if state.name == "cuda"):
-        compile_products(sm)
+        compile_model(sm)
     return {state.name: {"usable": state.usable, "detail": state.detail} for state in states}
 
 

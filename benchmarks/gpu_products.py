@@ -25,7 +25,7 @@ from rich.table import Table
 from bar_edge.benchmarks.measure import Report, save, stamp
 from bar_edge.runtime.engines.cuda.device import CudaDevice
 from bar_edge.runtime.engines.cuda.graphs import BLOCK_ROWS, PLAIN, block_rows, product
-from bar_edge.runtime.engines.cuda.module import Module, load_products
+from bar_edge.runtime.engines.cuda.module import Module, load_model
 from bar_edge.runtime.engines.cuda.resident import CHUNK_BYTES, CHUNK_INPUTS, TILE, Layer
 from bar_edge.runtime.errors import EngineError
 from bar_edge.runtime.terminal import run_function
@@ -69,7 +69,7 @@ class Figure:
 def measure(device: CudaDevice) -> list[Figure]:
     """Every shape, form and number of rows. Raises EngineError."""
     with device.current():
-        module = load_products(device)
+        module = load_model(device)
         ours = [figure for shape in SHAPES for form in CHUNK_INPUTS for figure in _ours(device, module, *shape, form)]
         return ours + [_pytorch(*shape, rows) for shape in SHAPES for rows in ROWS]
 

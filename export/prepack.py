@@ -10,7 +10,7 @@ chosen there. Of a linear layer there are
     {layer}.bias [out] float32
 
 and all other tensors as they were. A tile is 8 outputs; a chunk of it is 512 bytes, 16 for every lane of the warp that
-loads it at once. Of every 16 inputs in a chunk, lane 4g + q has 4q to 4q + 3 of output g (`products.cu` says why).
+loads it at once. Of every 16 inputs in a chunk, lane 4g + q has 4q to 4q + 3 of output g (`products.cuh` says why).
 Inputs are filled up with zeros to a multiple of 8 and to whole chunks, outputs to whole tiles, so that all weights
 begin on a 64-byte boundary of the file, which is copied to the device as it is. Outputs of `w12` alternate between its
 two halves: SwiGLU takes them in pairs.
@@ -29,9 +29,9 @@ from onnx import TensorProto
 from bar_edge.export.device_weights import device_weights, write
 from bar_edge.export.linear import FP16, FP32, INT4_WEIGHT, INT8, INT8_WEIGHT
 from bar_edge.runtime import weights
-from bar_edge.runtime.bundle import SELFTEST, Bundle, publish, write_manifest
+from bar_edge.runtime.bundle import SELFTEST, Bundle, check_not_compiled, publish, write_manifest
 from bar_edge.runtime.engines.cuda.resident import CHUNK_BYTES, CHUNK_INPUTS, FAMILY, NAME, TILE
-from bar_edge.runtime.errors import CompatibilityError, RequestError
+from bar_edge.runtime.errors import CompatibilityError
 from bar_edge.runtime.inspection import engine_sentence, linear_layers
 from bar_edge.runtime.weights import PendingTensor
 
@@ -54,7 +54,8 @@ def prepack_bundle(source: Bundle, output: Path, *, force: bool = False, progres
     precisions = linear_layers(weights.read_places(source.path / weights.FILE_NAME))
     precisions |= dict.fromkeys(_RATIO_LAYERS, FP32)
     tensors, layers = prepacked(weights.open_weights(source.path), precisions)
-    with publish(output, 2 * source.file_bytes(weights.FILE_NAME), force=force) as folder:
+    needed = 2 * source.file_bytes(weights.FILE_NAME)
+    with publish(output, needed, force=force, sources=[source.path]) as folder:
         report("writing weights for the kernels", 0, 1)
         write(folder, tensors)
         shutil.copyfile(source.path / SELFTEST, folder / SELFTEST)
@@ -142,8 +143,7 @@ def _values(stored: NDArray[Any], form: str) -> NDArray[Any]:
 
 
 def _check(source: Bundle) -> None:
-    if "engines" in source.manifest:
-        raise RequestError(f"{source.path}: is compiled already; compile the bundle it was made from")
+    check_not_compiled(source)
     if source.manifest.get("quantization", {}).get("activations") == "asymmetric":
         raise CompatibilityError(
             f"{source.path}: has asymmetric activations, which only ONNX Runtime runs; quantize without --asymmetric"

@@ -37,13 +37,15 @@ def compile_source(source: Path, sm: int, options: Sequence[str]) -> bytes:
             f"{', '.join(f'sm_{arch}' for arch in known)}: install an NVRTC that knows sm_{sm} "
             "(pip install nvidia-cuda-nvrtc for CUDA 13, nvidia-cuda-nvrtc-cu12 for CUDA 12)"
         )
-    text = source.read_bytes()
     arguments = [f"--gpu-architecture=sm_{sm}", *options]
-    key = hashlib.sha256("\0".join((*arguments, version, "")).encode() + text).hexdigest()
-    name = f"{key}.cubin"
+    key = hashlib.sha256("\0".join((*arguments, version, "")).encode())
+    for text in (source.read_bytes(), *_headers(source).values()):
+        key.update(text)
+    name = f"{key.hexdigest()}.cubin"
     cubin = cache.read(name)
     if cubin is None:
-        cubin = _compile(nvrtc, text, source.name, arguments)
+        with _program(nvrtc, source, arguments) as program:
+            cubin = _output(nvrtc, program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
         cache.write(name, cubin)
     return cubin
 
@@ -61,7 +63,7 @@ def listing(source: Path, sm: int, options: Sequence[str]) -> tuple[str, str]:
     """
     nvrtc = _library()
     arguments = [f"--gpu-architecture=sm_{sm}", *options, "--ptxas-options=--verbose"]
-    with _program(nvrtc, source.read_bytes(), source.name, arguments) as program:
+    with _program(nvrtc, source, arguments) as program:
         ptx = _output(nvrtc, program, nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
         return _text(ptx), _log(nvrtc, program)
 
@@ -92,20 +94,23 @@ def _architectures(nvrtc: ModuleType) -> tuple[int, ...]:
     return tuple(_checked(nvrtc, nvrtc.nvrtcGetSupportedArchs()))
 
 
-def _compile(nvrtc: ModuleType, text: bytes, name: str, arguments: Sequence[str]) -> bytes:
-    with _program(nvrtc, text, name, arguments) as program:
-        return _output(nvrtc, program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+def _headers(source: Path) -> dict[str, bytes]:
+    """What a source may include: the headers beside it, by name."""
+    return {header.name: header.read_bytes() for header in sorted(source.parent.glob("*.cuh"))}
 
 
 @contextmanager
-def _program(nvrtc: ModuleType, text: bytes, name: str, arguments: Sequence[str]) -> Iterator[Any]:
+def _program(nvrtc: ModuleType, source: Path, arguments: Sequence[str]) -> Iterator[Any]:
     """A compiled program. Raises EngineError if NVRTC rejects the source."""
-    program = _checked(nvrtc, nvrtc.nvrtcCreateProgram(text, name.encode(), 0, [], []))
+    headers = _headers(source)
+    names = [name.encode() for name in headers]
+    sources = (source.read_bytes(), source.name.encode(), len(headers), list(headers.values()), names)
+    program = _checked(nvrtc, nvrtc.nvrtcCreateProgram(*sources))
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(arguments), [argument.encode() for argument in arguments])
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise EngineError(
-                f"NVRTC does not compile {name} with {' '.join(arguments)}, which a reinstalled bar-edge and "
+                f"NVRTC does not compile {source.name} with {' '.join(arguments)}, which a reinstalled bar-edge and "
                 f"nvidia-cuda-nvrtc should: {_log(nvrtc, program)}"
             )
         yield program

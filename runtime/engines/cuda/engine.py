@@ -17,7 +17,7 @@ from bar_edge.runtime.engines.cuda.gpu_engine import GpuEngine
 from bar_edge.runtime.engines.cuda.graphs import ITEMSIZE, KernelGraphs, scratch_bytes
 from bar_edge.runtime.engines.cuda.layers import check
 from bar_edge.runtime.engines.cuda.loop import Loop, buffer_sizes
-from bar_edge.runtime.engines.cuda.module import load_products
+from bar_edge.runtime.engines.cuda.module import load_model
 from bar_edge.runtime.engines.cuda.profile import Profile
 from bar_edge.runtime.engines.cuda.resident import NAME, Weights
 from bar_edge.runtime.errors import CompatibilityError, EngineError
@@ -84,7 +84,7 @@ class CudaEngine(GpuEngine):
             undo.callback(device.close)
             check_capability(device.sm)
             with device.current():
-                self._module = load_products(device)
+                self._module = load_model(device)
                 self._resident = weights.load(device)
             undo.pop_all()
         super().__init__(bundle.spec, device, (), tables)

@@ -37,20 +37,20 @@ Addresses = Mapping[str, Address]
 
 
 class Activation(IntEnum):
-    """What becomes of a product's values: as in `products.cu`."""
+    """What becomes of a product's values: as in `products.cuh`."""
 
     IDENTITY, SILU, GELU, SWIGLU = range(4)
 
 
 class Destination(IntEnum):
-    """Where they go: as in `products.cu`."""
+    """Where they go: as in `products.cuh`."""
 
     STORE, INPUT, ADD, PIECES, TABLE = range(5)
 
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What is done with a product on its way out (`Product` of `products.cu`)."""
+    """What is done with a product on its way out (`Product` of `products.cuh`)."""
 
     activation: Activation = Activation.IDENTITY
     destination: Destination = Destination.STORE

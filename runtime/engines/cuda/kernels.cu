@@ -7,12 +7,7 @@
 // B images, R rows (conditional rows first; row r belongs to image r % B), N tokens, S head passes, K bits of a token,
 // D hidden size, W head width, F prefix length, C classes, P patch size. Arrays are dense, their last axis contiguous.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef int i32;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef float f32;
+#include "common.cuh"
 
 // Sums over bits multiply by the bit instead of branching on it, so that their loads do not wait for one another.
 
@@ -21,10 +16,6 @@ const i32 FIRST_CLASS_SYMBOL = 3;
 const i32 TOKEN_SYMBOL_AFTER_CLASSES = 5;
 
 const i32 MAX_BITS = 256;
-
-__device__ inline u64 first_item() { return (u64)blockIdx.x * blockDim.x + threadIdx.x; }
-
-__device__ inline u64 item_stride() { return (u64)gridDim.x * blockDim.x; }
 
 // ---- noise: runtime/noise.py ----
 

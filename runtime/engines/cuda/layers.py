@@ -1,4 +1,4 @@
-"""Which tensors a model has, by their names and shapes, and what of it the kernels of `products.cu` can do."""
+"""Which tensors a model has, by their names and shapes, and what of it the kernels of `model.cu` can do."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from bar_edge.runtime.engines.cuda.resident import Weights
 from bar_edge.runtime.errors import BundleError, CompatibilityError
 from bar_edge.runtime.spec import DECODER_HEADS, ModelSpec
 
-_MAX_POSITIONS, _MAX_HEAD_DIM, DECODER_HEAD_DIMS = 2048, 256, (64, 128)  # of attention, in products.cu
+_MAX_POSITIONS, _MAX_HEAD_DIM, DECODER_HEAD_DIMS = 2048, 256, (64, 128)  # of attention.cuh
 
 
 def check(spec: ModelSpec, weights: Weights) -> None:

@@ -1,4 +1,4 @@
-"""kernels.cu and products.cu on the CPU and on the GPU, once per session."""
+"""kernels.cu and model.cu on the CPU and on the GPU, once per session."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bar_edge.runtime.engines.cuda.compiler import KERNELS
-from bar_edge.runtime.engines.cuda.module import PRODUCTS
+from bar_edge.runtime.engines.cuda.module import MODEL
 from bar_edge.runtime.errors import EngineError
 
 from .host import NATIVE, RACE_FOUND, HostKernels, build
@@ -18,7 +18,7 @@ from .host import NATIVE, RACE_FOUND, HostKernels, build
 try:
     from .gpu import GpuKernels
 
-    ON_GPU = {source: GpuKernels(source) for source in (KERNELS, PRODUCTS)}
+    ON_GPU = {source: GpuKernels(source) for source in (KERNELS, MODEL)}
 except (ImportError, RuntimeError, EngineError) as error:  # no cuda-bindings, no driver, no GPU or no NVRTC for it
     ON_GPU, NO_GPU = {}, str(error)
 
@@ -40,9 +40,9 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
 
 
 @pytest.fixture(scope="session")
-def host_products(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
-    """The kernels of the engine `cuda`, products.cu, on the CPU. Skips where there is no g++."""
-    return HostKernels(build(PRODUCTS, tmp_path_factory.mktemp("host_products"), NATIVE))
+def host_model(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
+    """The kernels of the engine `cuda`, model.cu, on the CPU. Skips where there is no g++."""
+    return HostKernels(build(MODEL, tmp_path_factory.mktemp("host_model"), NATIVE))
 
 
 @pytest.fixture(scope="session")
@@ -60,9 +60,9 @@ def kernels(request: pytest.FixtureRequest):
 
 
 @pytest.fixture(scope="session", params=["host", "gpu"] if ON_GPU else ["host"])
-def products(request: pytest.FixtureRequest):
-    """What runs the kernels of products.cu, in turn."""
-    return request.getfixturevalue("host_products") if request.param == "host" else ON_GPU[PRODUCTS]
+def model(request: pytest.FixtureRequest):
+    """What runs the kernels of model.cu, in turn."""
+    return request.getfixturevalue("host_model") if request.param == "host" else ON_GPU[MODEL]
 
 
 @pytest.fixture(scope="session")

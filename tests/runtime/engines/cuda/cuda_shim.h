@@ -301,7 +301,7 @@ std::string parameters(void (*)(Parameters...)) {
 
 }  // namespace shim
 
-// What tensor cores do (products.cu says which lane holds what): VALUES of a register, from column VALUES * q and from
+// What tensor cores do (primitives.cuh says which lane holds what): VALUES of a register, from column VALUES * q and from
 // DEPTH / 2 further on. `value` takes the i-th one out of it.
 template <unsigned VALUES, typename Sum, typename Value, unsigned DEPTH, typename Take>
 void multiply(Sum (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2], shim::Operands<Value, DEPTH> (&both)[2],

@@ -23,22 +23,22 @@ from .host import HostKernels
 
 
 class EmulatedModule:
-    """Kernels of `products.cu` in the stream of an emulated device."""
+    """Kernels of `model.cu` in the stream of an emulated device."""
 
-    def __init__(self, products: HostKernels, device: EmulatedDevice) -> None:
-        self._products, self._device = products, device
+    def __init__(self, model: HostKernels, device: EmulatedDevice) -> None:
+        self._model, self._device = model, device
 
     def launch(self, kernel: str, blocks: int, arguments: Sequence[Any]) -> None:
         frozen = tuple(arguments)
-        self._device.submit(kernel, lambda: self._products.launch(kernel, blocks, THREADS, *frozen))
+        self._device.submit(kernel, lambda: self._model.launch(kernel, blocks, THREADS, *frozen))
 
 
-def kernel_loop(bundle: Bundle, kernels: HostKernels, products: HostKernels, profile: Profile) -> Emulated:
+def kernel_loop(bundle: Bundle, kernels: HostKernels, model: HostKernels, profile: Profile) -> Emulated:
     """A loop over the kernel graphs of a bundle compiled for `cuda`, on a device of its own."""
     device = EmulatedDevice(kernels)
     weights = Weights(bundle)
     check(bundle.spec, weights)
-    module = EmulatedModule(products, device)
+    module = EmulatedModule(model, device)
     graphs = KernelGraphs(bundle.spec, profile, weights, weights.load(device), device, module)
     return Emulated(Loop(bundle.spec, weights.tables, graphs, device), device)
 

@@ -19,6 +19,7 @@ _FLAGS = ("-std=c++20", "-O2", "-ffp-contract=off", "-pthread", "-shared", "-fPI
 NATIVE = ("-march=native",)  # one instruction for fmaf instead of a call: the same numbers, in less time
 _OWN_SYMBOLS = ("-Wl,-Bsymbolic", "-fno-gnu-unique")  # the process may hold another function of a kernel's name
 RACE_FOUND = 66  # exit code under ThreadSanitizer
+_INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _FUNCTION = re.compile(r"__(global|device)__\b[^{};]*?\b(?!__)(\w+)\s*\([^{};]*\)\s*\{")
 _COOPERATION = re.compile(r"__shared__|__sync|__shfl|__ballot|\bmma\b")
@@ -75,7 +76,7 @@ def build(source: Path, folder: Path, flags: Sequence[str] = ()) -> Path:
     """
     if shutil.which("g++") is None:
         pytest.skip("no g++ here to build the kernels for the CPU")
-    cooperative = _kernels(source.read_text())
+    cooperative = _kernels(_with_headers(source))
     entries = folder / f"{source.stem}.cpp"
     entries.write_text(f'#include "{source}"\n' + "".join(_entry(name, flag) for name, flag in cooperative.items()))
     library = folder / f"{source.stem}.so"
@@ -84,6 +85,11 @@ def build(source: Path, folder: Path, flags: Sequence[str] = ()) -> Path:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
     return library
+
+
+def _with_headers(source: Path) -> str:
+    """The text of a source, and of what it includes where it does; twice where that is included twice."""
+    return _INCLUDE.sub(lambda found: _with_headers(source.with_name(found[1])), source.read_text())
 
 
 def _kernels(text: str) -> dict[str, bool]:

@@ -37,13 +37,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def compilations(nvrtc, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """The arguments of every compilation so far."""
     seen = []
-    compile_ = compiler._compile
+    compile_ = compiler._program
 
     def counted(*arguments):
         seen.append(arguments)
         return compile_(*arguments)
 
-    monkeypatch.setattr(compiler, "_compile", counted)
+    monkeypatch.setattr(compiler, "_program", counted)
     return seen
 
 
@@ -96,6 +96,16 @@ def test_whatever_the_cubin_depends_on_compiles_anew(compilations, tiny, monkeyp
     monkeypatch.setattr(compiler, "_version", lambda nvrtc: "99.0")
     compile_source(tiny, 80, OPTIONS)
     assert len(compilations) == 5
+
+
+def test_a_header_is_found_beside_its_source_and_compiles_anew_when_it_changes(compilations, tiny):
+    header = tiny.with_name("one.cuh")
+    header.write_text("const int one = 1;")
+    tiny.write_text('#include "one.cuh"\nextern "C" __global__ void tiny(int* n) { *n = one; }')
+    first = compile_source(tiny, 80, OPTIONS)
+    header.write_text("const int one = 2;")
+    assert compile_source(tiny, 80, OPTIONS) != first
+    assert len(compilations) == 2
 
 
 @pytest.mark.parametrize("damage", [lambda stored: stored[:-1], lambda stored: stored[:-1] + b"?", lambda stored: b""])

@@ -49,13 +49,13 @@ def prepacked(tmp_path_factory):
 
 
 @pytest.fixture
-def emulate(host, host_products, prepacked):
+def emulate(host, host_model, prepacked):
     """Makes loops; afterwards nobody has written behind a buffer, and closing them leaves nothing but the weights."""
     made = []
 
     def make(bundle, images=2, *, guided=True):
         profile = Profile.of(images, guided=guided, passes=len(bundle.recipe.allocation))
-        made.append(kernel_loop(prepacked(bundle), host, host_products, profile))
+        made.append(kernel_loop(prepacked(bundle), host, host_model, profile))
         return made[-1]
 
     yield make

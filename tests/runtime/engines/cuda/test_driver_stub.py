@@ -15,7 +15,7 @@ import pytest
 from bar_edge.export.prepack import prepack_bundle
 from bar_edge.runtime.engines import Batch
 from bar_edge.runtime.engines.cuda.compiler import OPTIONS, compile_source
-from bar_edge.runtime.engines.cuda.module import PRODUCTS
+from bar_edge.runtime.engines.cuda.module import MODEL
 from bar_edge.runtime.engines.cuda.profile import Profile
 from bar_edge.runtime.engines.cuda.timeline import Timeline
 from bar_edge.runtime.errors import EngineError
@@ -209,13 +209,13 @@ def bundle(patch1, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(host, host_products, tmp_path_factory):
+def run(host, host_model, tmp_path_factory):
     """Run a command of Python with the driver, its output; skips where it cannot be made or there is no NVRTC."""
     pytest.importorskip("cuda.bindings.driver", reason="the package cuda-bindings is not installed")
     if not sys.platform.startswith("linux"):
         pytest.skip("the driver is made for Linux")
     try:
-        compile_source(PRODUCTS, SM, OPTIONS)
+        compile_source(MODEL, SM, OPTIONS)
     except EngineError as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("driver")
@@ -223,7 +223,7 @@ def run(host, host_products, tmp_path_factory):
     subprocess.run(["g++", "-std=c++20", "-O1", "-Wall", "-shared", "-fPIC", STUB, "-o", library, "-ldl"], check=True)
     settings = {
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")])),
-        "BAR_EDGE_STUB_KERNELS": f"{host.path}:{host_products.path}",
+        "BAR_EDGE_STUB_KERNELS": f"{host.path}:{host_model.path}",
     }
 
     def call(*arguments):
@@ -247,10 +247,10 @@ def drawn(run, bundle, tmp_path_factory):
 
 
 @pytest.fixture
-def emulate(bundle, host, host_products):
+def emulate(bundle, host, host_model):
     def make(images):
         profile = Profile.of(images, guided=True, passes=len(bundle.recipe.allocation))
-        return kernel_loop(bundle, host, host_products, profile)
+        return kernel_loop(bundle, host, host_model, profile)
 
     return make
 
@@ -322,7 +322,7 @@ def test_products_are_timed(run):
 
 
 def test_what_is_tested_on_real_hardware_passes(run):
-    files = [Path(__file__).with_name(f"test_{name}.py") for name in ("device", "kernels", "products")]
+    files = [Path(__file__).with_name(f"test_{name}.py") for name in ("device", "kernels", "model_kernels")]
     told = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "gpu", *files)
     assert " passed" in told and "skipped" not in told
 

@@ -17,7 +17,7 @@ from bar_edge.benchmarks.measure import save, stamp
 from bar_edge.runtime import selftest
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines.cuda.compiler import KERNELS
-from bar_edge.runtime.engines.cuda.module import PRODUCTS
+from bar_edge.runtime.engines.cuda.module import MODEL
 from bar_edge.runtime.engines.cuda.profile import Profile
 from bar_edge.runtime.terminal import run_function
 
@@ -29,10 +29,10 @@ def main(compiled: Path, output: Annotated[Path, typer.Option("-o", "--output", 
     """Run the self-test, and write what was found."""
     with tempfile.TemporaryDirectory() as folder:
         kernels = HostKernels(build(KERNELS, Path(folder)))
-        products = HostKernels(build(PRODUCTS, Path(folder), NATIVE))
+        model = HostKernels(build(MODEL, Path(folder), NATIVE))
         bundle = Bundle.open(compiled)
         profile = Profile.of(1, guided=True, passes=len(bundle.recipe.allocation))
-        gpu = kernel_loop(bundle, kernels, products, profile)
+        gpu = kernel_loop(bundle, kernels, model, profile)
         generator: Any = EmulatedGenerator(bundle, gpu.loop)
         found = selftest.run(generator)
         gpu.device.check_guards()

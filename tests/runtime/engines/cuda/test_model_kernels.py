@@ -9,7 +9,7 @@ from bar_edge.calibration.quantize import from_blocks, per_channel, to_blocks
 from bar_edge.export.linear import BITS
 from bar_edge.export.prepack import prepacked
 from bar_edge.runtime.engines.cuda.graphs import Activation, Destination
-from bar_edge.runtime.engines.cuda.module import PRODUCTS, THREADS
+from bar_edge.runtime.engines.cuda.module import MODEL, THREADS
 from bar_edge.runtime.spec import LAYER_NORM_EPS, RMS_NORM_EPS
 
 from .host import Part, Table
@@ -129,7 +129,7 @@ class Layer:
         padded[:, : x.shape[1]] = x
         return bits(padded), x.astype(np.float16).astype(np.float64)
 
-    def run(self, products, x, out, *, rows, gate=None, activation=0, destination=0, out_scale=0, shape=(1, 0, 0)):
+    def run(self, model, x, out, *, rows, gate=None, activation=0, destination=0, out_scale=0, shape=(1, 0, 0)):
         """One launch; rows: of a block of few_rows, or None for many_rows."""
         kernel, name = self.form.replace("-", "_"), "many_rows" if rows is None else "few_rows"
         per_block = 64 if rows is None else 8
@@ -138,7 +138,7 @@ class Layer:
         block = self.inputs // scale.shape[1] if self.form == "int4-weight" else 0
         if scale is not None and scale.dtype == np.float16:
             scale = bits(scale)
-        products.launch(
+        model.launch(
             f"{name}_{kernel}" + (f"_{rows}" if rows else ""), blocks, THREADS, self.stored["weight_chunks"], scale,
             self.stored["bias"], x, out, gate, *i32(len(x), self.outputs, self.inputs, block),
             INPUT_SCALE if self.form == "int8" else np.float32(0), *i32(activation, destination),
@@ -146,9 +146,9 @@ class Layer:
         )  # fmt: skip
         return out
 
-    def product(self, products, x, rows):
+    def product(self, model, x, rows):
         out = np.full((len(x), self.outputs), np.nan, dtype=np.float32)
-        return self.run(products, self.activation(x)[0], out, rows=rows)
+        return self.run(model, self.activation(x)[0], out, rows=rows)
 
     def expected(self, x):
         return self.activation(x)[1] @ self.weight.T + self.bias
@@ -159,50 +159,50 @@ class Layer:
 
 @pytest.mark.parametrize("rows", KERNELS)
 @pytest.mark.parametrize("form", FORMS)
-def test_products_are_those_of_numpy(products, form, rows):
+def test_products_are_those_of_numpy(model, form, rows):
     layer = Layer(form, 80, 70)  # chunks and tiles that are not whole
     x = floats(2 * rows + 3 if rows else 131, 80)
-    np.testing.assert_allclose(layer.product(products, x, rows), layer.expected(x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(layer.product(model, x, rows), layer.expected(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("inputs", [16, 256, 1152, 4112])
 @pytest.mark.parametrize("form", FORMS)
-def test_warps_share_any_number_of_inputs(products, form, inputs):
+def test_warps_share_any_number_of_inputs(model, form, inputs):
     layer, x = Layer(form, inputs, 6), floats(3, inputs)
-    np.testing.assert_allclose(layer.product(products, x, 16), layer.expected(x), rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(layer.product(model, x, 16), layer.expected(x), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("inputs", [16, 32, 64, 128])
-def test_int4_blocks_have_scales_of_their_own(products, inputs):
+def test_int4_blocks_have_scales_of_their_own(model, inputs):
     layer, x = Layer("int4-weight", 3 * inputs, 9), floats(3, 3 * inputs)
     assert layer.stored["block_scale"].shape == (9, 3)
     for rows in (16, None):
-        np.testing.assert_allclose(layer.product(products, x, rows), layer.expected(x), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(layer.product(model, x, rows), layer.expected(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_weight_lies_where_its_lane_takes_it(products, form):
+def test_every_weight_lies_where_its_lane_takes_it(model, form):
     """A row of x that is a single one reads a column of weights."""
     layer, x = Layer(form, 272, 11), np.eye(272, dtype=np.float32)
     expected = layer.expected(x) - layer.bias
-    found = layer.product(products, x, 64) - layer.bias
+    found = layer.product(model, x, 64) - layer.bias
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert len(np.unique(np.round(expected, 4))) > 15  # weights that change places would show
 
 
-def test_inputs_that_fill_no_step_are_filled_up(products):
+def test_inputs_that_fill_no_step_are_filled_up(model):
     layer, x = Layer("fp16", 6, 9), floats(3, 6)
     assert layer.inputs == 8
     for rows in (16, None):
-        np.testing.assert_allclose(layer.product(products, x, rows), layer.expected(x), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(layer.product(model, x, rows), layer.expected(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_row_is_the_same_bits_whatever_rows_are_beside_it(products, form):
+def test_a_row_is_the_same_bits_whatever_rows_are_beside_it(model, form):
     layer, x = Layer(form, 528, 33), floats(17, 528)
-    alone = np.concatenate([layer.product(products, x[i : i + 1], 16) for i in range(17)])
+    alone = np.concatenate([layer.product(model, x[i : i + 1], 16) for i in range(17)])
     for rows in KERNELS:
-        np.testing.assert_array_equal(layer.product(products, x, rows), alone)
+        np.testing.assert_array_equal(layer.product(model, x, rows), alone)
 
 
 @pytest.mark.parametrize("rows", [16, None])
@@ -211,10 +211,10 @@ class TestEpilogues:
     def x(self):
         return floats(5, 48)
 
-    def run(self, products, layer, x, out, rows, **epilogue):
-        return layer.run(products, layer.activation(x)[0], out, rows=rows, **epilogue)
+    def run(self, model, layer, x, out, rows, **epilogue):
+        return layer.run(model, layer.activation(x)[0], out, rows=rows, **epilogue)
 
-    def test_activations(self, products, x, rows):
+    def test_activations(self, model, x, rows):
         layer = Layer("fp16", 48, 12)
         value = layer.expected(x)
         erf = np.vectorize(math.erf)
@@ -222,49 +222,49 @@ class TestEpilogues:
             (Activation.SILU, silu(value)),
             (Activation.GELU, value * (1 + erf(value / np.sqrt(2))) / 2),
         ):
-            found = self.run(products, layer, x, np.empty((5, 12), dtype=np.float32), rows, activation=code)
+            found = self.run(model, layer, x, np.empty((5, 12), dtype=np.float32), rows, activation=code)
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("form", FORMS)
-    def test_swiglu_takes_pairs_that_prepacking_brought_together(self, products, x, rows, form):
+    def test_swiglu_takes_pairs_that_prepacking_brought_together(self, model, x, rows, form):
         layer = Layer(form, 48, 24, name="a.mlp.w12")
         x1, x2 = np.split(layer.expected(x), 2, axis=1)
         out = np.full((5, 12), np.nan, dtype=np.float32)
-        self.run(products, layer, x, out, rows, activation=Activation.SWIGLU)
+        self.run(model, layer, x, out, rows, activation=Activation.SWIGLU)
         np.testing.assert_allclose(out, silu(x1) * x2, rtol=1e-5, atol=1e-5)
 
-    def test_the_input_of_another_product(self, products, x, rows):
+    def test_the_input_of_another_product(self, model, x, rows):
         layer = Layer("fp16", 48, 12)
         out = np.empty((5, 12), dtype=np.float16)
-        self.run(products, layer, x, bits(out), rows, destination=Destination.INPUT)
+        self.run(model, layer, x, bits(out), rows, destination=Destination.INPUT)
         np.testing.assert_allclose(out, layer.expected(x), rtol=1e-3)
         out = np.empty((5, 12), dtype=np.int8)
-        self.run(products, layer, x, out, rows, destination=Destination.INPUT, out_scale=OUT_SCALE)
+        self.run(model, layer, x, out, rows, destination=Destination.INPUT, out_scale=OUT_SCALE)
         wanted = layer.expected(x) / OUT_SCALE
         assert (np.abs(wanted) > 127).any()  # some of them saturate
         assert np.abs(np.clip(wanted, -128, 127) - out).max() <= 0.5 + 1e-3
 
-    def test_a_gated_residual(self, products, x, rows):
+    def test_a_gated_residual(self, model, x, rows):
         layer, residual, gate = Layer("fp16", 48, 12), floats(5, 12, seed=2), halves(5, 20)
         for gates, expected in (
             (bits(gate), residual + gate[:, :12].astype(np.float64) * layer.expected(x)),
             (None, residual + layer.expected(x)),
         ):
             out = residual.copy()
-            self.run(products, layer, x, out, rows, gate=gates, destination=Destination.ADD, shape=(1, 20, 0))
+            self.run(model, layer, x, out, rows, gate=gates, destination=Destination.ADD, shape=(1, 20, 0))
             np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
 
-    def test_pieces(self, products, x, rows):
+    def test_pieces(self, model, x, rows):
         layer, out = Layer("fp16", 48, 12), np.empty((3, 5, 4), dtype=np.float16)
-        self.run(products, layer, x, bits(out), rows, destination=Destination.PIECES, shape=(4, 0, 0))
+        self.run(model, layer, x, bits(out), rows, destination=Destination.PIECES, shape=(4, 0, 0))
         expected = layer.expected(x).reshape(5, 3, 4).transpose(1, 0, 2)
         np.testing.assert_allclose(out.astype(np.float64), expected, rtol=1e-3, atol=1e-5)
 
-    def test_a_table_of_buffers(self, products, rows):
+    def test_a_table_of_buffers(self, model, rows):
         layer, x = Layer("fp16", 48, 12), floats(6, 48)
         buffers = [np.zeros((2, 20), dtype=np.float16) for _ in range(3)]
         table = Table([bits(buffer) for buffer in buffers])
-        self.run(products, layer, x, table, rows, destination=Destination.TABLE, shape=(2, 20, 5))
+        self.run(model, layer, x, table, rows, destination=Destination.TABLE, shape=(2, 20, 5))
         found = np.concatenate(buffers).astype(np.float64)
         np.testing.assert_allclose(found[:, 5:17], layer.expected(x), rtol=1e-3, atol=1e-5)
         assert not found[:, :5].any() and not found[:, 17:].any()
@@ -273,35 +273,35 @@ class TestEpilogues:
 # -- norms -------------------------------------------------------------------------------------------------------------
 
 
-def test_norm_and_modulation(products):
+def test_norm_and_modulation(model):
     x, modulation = floats(3, 200), halves(3, 500)
     scale, shift = modulation[:, 200:400], modulation[:, :200]
     out = np.empty(x.shape, dtype=np.float16)
     pieces = (Part(bits(modulation), 200), Part(bits(modulation), 0))
-    products.launch("norm_modulate", 3, THREADS, x, None, *pieces, bits(out), *i32(200, 500), np.float32(0))
+    model.launch("norm_modulate", 3, THREADS, x, None, *pieces, bits(out), *i32(200, 500), np.float32(0))
     np.testing.assert_allclose(out, rms_norm(x) * scale + shift, rtol=1e-3, atol=1e-4)
 
 
-def test_the_first_norm_stays_in_x(products):
+def test_the_first_norm_stays_in_x(model):
     x, weight, out = floats(2, 48) * 3, floats(48), np.empty((2, 48), dtype=np.float16)
     first = rms_norm(x) * weight
-    products.launch("norm_modulate", 2, THREADS, x, weight, None, None, bits(out), *i32(48, 0), np.float32(0))
+    model.launch("norm_modulate", 2, THREADS, x, weight, None, None, bits(out), *i32(48, 0), np.float32(0))
     np.testing.assert_allclose(x, first, rtol=1e-5)
     np.testing.assert_allclose(out, rms_norm(first), rtol=1e-3)
 
 
-def test_layer_norm_may_leave_rows_out(products):
+def test_layer_norm_may_leave_rows_out(model):
     x, weight, bias = floats(2, 4, 150) + 5, floats(150), floats(150, seed=1)
     out = np.empty((2, 3, 150), dtype=np.int8)
-    products.launch("layer_norm", 6, THREADS, x, weight, bias, out, *i32(150, 3, 1), OUT_SCALE)
+    model.launch("layer_norm", 6, THREADS, x, weight, bias, out, *i32(150, 3, 1), OUT_SCALE)
     expected = layer_norm(x) * weight + bias
     assert np.abs(np.clip(expected[:, 1:] / OUT_SCALE, -128, 127) - out).max() <= 0.5 + 1e-2
 
 
-def test_layer_norm_in_place(products):
+def test_layer_norm_in_place(model):
     x, weight, bias = floats(2, 150) + 5, floats(150), floats(150, seed=1)
     expected = layer_norm(x) * weight + bias
-    products.launch("layer_norm_in_place", 2, THREADS, x, weight, bias, *i32(150))
+    model.launch("layer_norm_in_place", 2, THREADS, x, weight, bias, *i32(150))
     np.testing.assert_allclose(x, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -335,7 +335,7 @@ class Heads:
 
 
 @pytest.mark.parametrize(("d", "length", "start"), [(16, 24, 18), (40, 24, 18), (64, 24, 0), (8, 600, 590)])
-def test_a_new_position_attends_to_the_filled_cache(products, d, length, start):
+def test_a_new_position_attends_to_the_filled_cache(model, d, length, start):
     rows, heads = 3, 4
     new = Heads(rows, heads, d)
     q, k, v = new.rotated()
@@ -345,7 +345,7 @@ def test_a_new_position_attends_to_the_filled_cache(products, d, length, start):
     keys[:, :, start + 1 :] = values[:, :, start + 1 :] = np.nan  # nobody may read what is not filled
     out = np.full((rows, heads, d), np.nan, dtype=np.float16)
     own, targets, *tables = new.tables
-    products.launch(
+    model.launch(
         "attend_step", rows * heads, THREADS, new.qkv, own, targets, np.full(rows, start, dtype=np.int32), *tables,
         bits(keys), bits(values), bits(out), *i32(heads, d, length), np.float32(0),
     )  # fmt: skip
@@ -357,19 +357,19 @@ def test_a_new_position_attends_to_the_filled_cache(products, d, length, start):
     np.testing.assert_allclose(out, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_prefix_sees_itself_and_what_is_before(products):
+def test_a_prefix_sees_itself_and_what_is_before(model):
     rows, length, heads, d = 2, 5, 3, 16
     new = Heads(rows * length, heads, d)
     q, k, v = (x.reshape(rows, length, heads, d).transpose(0, 2, 1, 3) for x in new.rotated())
     keys, values = (np.zeros((rows, heads, length, d), dtype=np.float16) for _ in range(2))
     sizes = i32(rows * length, length, heads, d)
     blocks = -(-rows * length * 3 * heads // (THREADS // 32))
-    products.launch("rotate_prefix", blocks, THREADS, new.qkv, *new.tables, bits(keys), bits(values), *sizes)
+    model.launch("rotate_prefix", blocks, THREADS, new.qkv, *new.tables, bits(keys), bits(values), *sizes)
     np.testing.assert_array_max_ulp(keys, np.ascontiguousarray(k), 1)
     np.testing.assert_array_equal(values, v)
     out = np.empty((rows, length, heads, d), dtype=np.float16)
     launch = ("attend_prefix", rows * length * heads, THREADS, new.qkv, bits(keys), bits(values), bits(out))
-    products.launch(*launch, *i32(length, heads, d), np.float32(0))
+    model.launch(*launch, *i32(length, heads, d), np.float32(0))
     scores = q @ keys.transpose(0, 1, 3, 2).astype(np.float64) / np.sqrt(d)
     scores = np.where(np.tril(np.ones((length, length), dtype=bool)), scores, -np.inf)
     expected = (softmax(scores) @ v.astype(np.float64)).transpose(0, 2, 1, 3)
@@ -378,25 +378,25 @@ def test_a_prefix_sees_itself_and_what_is_before(products):
 
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize(("d", "positions"), [(4, 21), (12, 64), (64, 150)])
-def test_the_decoder_attends_to_the_whole_image(products, d, positions, dim):
+def test_the_decoder_attends_to_the_whole_image(model, d, positions, dim):
     images, heads = 2, 3
     qkv = (2 * floats(images, positions, 3, heads, d)).astype(np.float16)
     out = np.empty((images, positions, heads, d), dtype=np.float16)
     sizes = (*i32(positions, heads, d), np.float32(0))
     blocks = images * heads * -(-positions // 128)
-    products.launch(f"attend_image_{dim}", blocks, THREADS, bits(qkv), bits(out), *sizes)
+    model.launch(f"attend_image_{dim}", blocks, THREADS, bits(qkv), bits(out), *sizes)
     q, k, v = qkv.astype(np.float64).transpose(2, 0, 3, 1, 4)
     expected = (softmax(q @ k.transpose(0, 1, 3, 2) / np.sqrt(d)) @ v).transpose(0, 2, 1, 3)
     np.testing.assert_allclose(out, expected, rtol=2e-3, atol=2e-3)
 
 
-def test_scores_far_apart_are_softened_alike(products):
+def test_scores_far_apart_are_softened_alike(model):
     """Sums are relative to the largest score so far, which grows along the keys here."""
     qkv = np.ones((130, 3, 1, 16), dtype=np.float16)
     qkv[:, 1] *= np.linspace(-60, 60, 130, dtype=np.float16)[:, None, None]
     qkv[:, 2] = halves(130, 1, 16)
     out = np.empty((130, 1, 16), dtype=np.float16)
-    products.launch("attend_image_64", 2, THREADS, bits(qkv), bits(out), *i32(130, 1, 16), np.float32(0))
+    model.launch("attend_image_64", 2, THREADS, bits(qkv), bits(out), *i32(130, 1, 16), np.float32(0))
     q, k, v = qkv[:, :, 0].astype(np.float64).transpose(1, 0, 2)
     np.testing.assert_allclose(out[:, 0], softmax(q @ k.T / 4) @ v, rtol=2e-3, atol=2e-3)
 
@@ -404,46 +404,46 @@ def test_scores_far_apart_are_softened_alike(products):
 # -- the rest ----------------------------------------------------------------------------------------------------------
 
 
-def test_modulation_begins_with_class_and_position(products):
+def test_modulation_begins_with_class_and_position(model):
     symbols, steps = floats(9, 20), floats(7, 20, seed=1)
     class_id, positions = np.array([0, 5, 2], dtype=np.int32), np.array([6, 0, 3], dtype=np.int32)
     out = np.empty((3, 20), dtype=np.float16)
     tables = (class_id, positions, symbols, steps, bits(out))
-    products.launch("modulation_input", 2, THREADS, *tables, *i32(3, 20, 3), np.float32(0))
+    model.launch("modulation_input", 2, THREADS, *tables, *i32(3, 20, 3), np.float32(0))
     np.testing.assert_allclose(out, silu(symbols[3 + class_id] + steps[positions]), rtol=1e-3, atol=1e-6)
 
 
-def test_ratios_are_sines_and_cosines(products):
+def test_ratios_are_sines_and_cosines(model):
     ratio, frequencies, out = np.array([1, 0.25], dtype=np.float32), floats(5) * 16, np.empty((2, 10), np.float16)
-    products.launch("ratio_features", 1, THREADS, ratio, frequencies, bits(out), *i32(2, 5))
+    model.launch("ratio_features", 1, THREADS, ratio, frequencies, bits(out), *i32(2, 5))
     angle = 2 * np.pi * ratio[:, None] * frequencies.astype(np.float64)
     np.testing.assert_allclose(out, np.concatenate([np.sin(angle), np.cos(angle)], axis=1), rtol=1e-3, atol=1e-5)
 
 
-def test_the_head_is_conditioned_for_every_pass(products):
+def test_the_head_is_conditioned_for_every_pass(model):
     ratio, latent, out = floats(3, 8), floats(2, 8, seed=1), np.empty((3, 2, 8), dtype=np.float16)
-    products.launch("head_condition", 2, THREADS, ratio, latent, bits(out), *i32(3, 2, 8), np.float32(0))
+    model.launch("head_condition", 2, THREADS, ratio, latent, bits(out), *i32(3, 2, 8), np.float32(0))
     np.testing.assert_allclose(out, silu(silu(ratio[:, None] + latent)), rtol=1e-3, atol=1e-6)
 
 
-def test_rows_are_filled_up(products):
+def test_rows_are_filled_up(model):
     x, out = floats(3, 6), np.full((3, 8), np.nan, dtype=np.float16)
-    products.launch("pad_rows", 1, THREADS, x, bits(out), *i32(3, 6, 8))
+    model.launch("pad_rows", 1, THREADS, x, bits(out), *i32(3, 6, 8))
     np.testing.assert_array_equal(out, np.pad(x, [(0, 0), (0, 2)]).astype(np.float16))
 
 
-def test_the_class_position_comes_before_the_cells(products):
+def test_the_class_position_comes_before_the_cells(model):
     cells, first, embedding = floats(2, 4, 6), floats(6), floats(5, 6)
     out = np.empty((2, 5, 6), dtype=np.float32)
-    products.launch("embed_image", 1, THREADS, cells, first, embedding, out, *i32(2, 4, 6))
+    model.launch("embed_image", 1, THREADS, cells, first, embedding, out, *i32(2, 4, 6))
     whole = np.concatenate([np.broadcast_to(first, (2, 1, 6)), cells], axis=1)
     np.testing.assert_array_equal(out, whole + embedding)
 
 
-def test_patches_become_an_image(products):
+def test_patches_become_an_image(model):
     patches, weight, bias = floats(2, 3, 3, 4, 4, 3), floats(3, 3, 3, 3), floats(3)
     out = np.empty((2, 3, 12, 12), dtype=np.float32)
-    products.launch("conv_out", 3, THREADS, patches, weight, bias, out, *i32(2, 3, 4))
+    model.launch("conv_out", 3, THREADS, patches, weight, bias, out, *i32(2, 3, 4))
     image = patches.transpose(0, 5, 1, 3, 2, 4).reshape(2, 3, 12, 12).astype(np.float64)
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(image, [(0, 0), (0, 0), (1, 1), (1, 1)]), (3, 3), (2, 3))
     expected = np.einsum("icyxkl,ockl->ioyx", windows, weight) + bias[:, None, None]
@@ -452,5 +452,5 @@ def test_patches_become_an_image(products):
 
 def test_the_threads_of_a_block_do_not_race(thread_sanitizer):
     """Every kernel whose threads share memory; what ThreadSanitizer can find is in test_host.py."""
-    done = thread_sanitizer(RACES, PRODUCTS)
+    done = thread_sanitizer(RACES, MODEL)
     assert done.returncode == 0, done.stderr
