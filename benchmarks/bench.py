@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from time import sleep
 from types import TracebackType
 from typing import Any
@@ -156,12 +157,14 @@ class Bench:
         described = Contender("machine", f"{CONTENDERS}:Machine", {"threads": self._plan.threads})
         self._machine = stack.enter_context(self._worker(described))
         waiting = [run for run in self._runs if not run.entrant.unavailable]
-        with ThreadPoolExecutor(len(self._runs) if self._together else 1) as pool:
-            loading = [(run, pool.submit(self._worker, run.entrant.contender)) for run in waiting]
-            for i, (run, worker) in enumerate(loading):
-                self._progress(f"loading {run.name}", i, len(loading))
+        loads = [partial(self._worker, run.entrant.contender) for run in waiting]
+        with ThreadPoolExecutor(len(self._runs)) as pool:
+            if self._together:
+                loads = [pool.submit(load).result for load in loads]
+            for i, (run, load) in enumerate(zip(waiting, loads, strict=True)):
+                self._progress(f"loading {run.name}", i, len(loads))
                 try:
-                    run.worker = stack.enter_context(worker.result())
+                    run.worker = stack.enter_context(load())
                 except ContenderError as error:
                     run.fail(f"does not load: {error}")
                 else:

@@ -22,7 +22,7 @@ _MARKERS = {"trunk": "o", "head": "s", "decode": "^"}
 _STYLE = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888",
     "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True, "axes.titlesize": 11, "legend.frameon": False,
-    "svg.hashsalt": "bar-edge",
+    "svg.hashsalt": "bar-edge", "text.parse_math": False,  # names may hold dollars
 }  # fmt: skip
 
 Row = tuple[str, str, Mapping[str, Any]]  # label, contender, figures of one batch size

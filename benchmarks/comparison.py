@@ -10,14 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+import numpy as np
+from rich.text import Text
 
 from bar_edge.benchmarks.bench import FORMAT, FORMAT_VERSION
 from bar_edge.benchmarks.figures import Change, change
 from bar_edge.benchmarks.tables import compact, number
 from bar_edge.runtime.errors import RequestError
+from bar_edge.runtime.tables import FiguresTable
 
 _FIGURES = {"image": "image", "first_token": "first token", "decode": "decode"}
+_DESCRIBED = ("machine", "settings", "versions")
+_COLOURS = {"slower": "red", "faster": "green"}
 _BEST = {"bytes_per_second": "it read memory", "gpu_bytes_per_second": "its GPU copied memory"}
 
 
@@ -45,7 +49,7 @@ class Movement:
 def read(path: Path) -> dict[str, Any]:
     """A report's JSON. Raises RequestError if it is none that this version reads."""
     try:
-        report = json.loads(path.read_text())
+        report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise RequestError(
             f"{path}: cannot be read as JSON ({error}); give a report.json of `bar-edge bench`"
@@ -56,6 +60,12 @@ def read(path: Path) -> dict[str, Any]:
         raise RequestError(
             f"{path}: report format {report.get('format_version')!r}, this version reads {FORMAT_VERSION}; run it again"
         )
+    try:
+        _check_parts(report)
+    except KeyError as error:
+        raise RequestError(f"{path}: has no {error}; give a whole report.json of `bar-edge bench`") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise RequestError(f"{path}: is damaged ({error}); give a whole report.json of `bar-edge bench`") from error
     return report
 
 
@@ -73,7 +83,7 @@ def movements(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[M
 def remarks(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """What keeps the two from being comparable, and who is in one only."""
     found = []
-    for what in ("machine", "settings", "versions"):
+    for what in _DESCRIBED:
         differing = [key for key in before[what] if before[what][key] != after[what].get(key)]
         if differing:
             told = ", ".join(f"{key} {before[what][key]} then {after[what].get(key)}" for key in differing)
@@ -90,19 +100,30 @@ def remarks(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def table(moved: list[Movement]) -> Table:
+def table(moved: list[Movement]) -> FiguresTable:
     """For the terminal."""
     result = compact("medians in ms, and the second as a multiple of the first", "before", "after", "ratio", "95 %")
-    result.add_column("figure: verdict")
-    colours = {"slower": "red", "faster": "green"}
+    result.add_texts("figure: verdict")
     for one in moved:
         interval = f"{one.change.low:.3f} to {one.change.high:.3f}" if one.change else "-"
         result.add_row(
             one.contender, str(one.batch_size), number(one.before * 1e3), number(one.after * 1e3),
             f"{one.after / one.before:.3f}", interval,
-            f"{_FIGURES[one.figure]}: [{colours.get(one.verdict, 'default')}]{one.verdict}[/]",
+            Text.assemble(f"{_FIGURES[one.figure]}: ", (one.verdict, _COLOURS.get(one.verdict, ""))),
         )  # fmt: skip
     return result
+
+
+def _check_parts(report: Mapping[str, Any]) -> None:
+    """Look at all that is compared. Raises KeyError where it is not there, others where it is something else."""
+    for part in _DESCRIBED:
+        report[part].keys()
+    sampled = list(report["machine_best"].values())
+    for key, batch in _batches(report):
+        hash(key)
+        sampled += [batch[figure] for figure in _FIGURES if figure in batch]
+    for figures in sampled:
+        np.array([figures["p50"], *figures["samples"]], dtype=np.float64)
 
 
 def _batches(report: Mapping[str, Any]) -> Iterator[tuple[tuple[str, int], Mapping[str, Any]]]:

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from bar_edge.benchmarks.measure import Contender, Worker, save, stamp
+from bar_edge.runtime.tables import redirected_width
 from bar_edge.runtime.terminal import run_function
 
 
@@ -43,7 +44,7 @@ def main(
     precision: Annotated[str, typer.Option()] = "fp16",
 ) -> None:
     """Compile every bundle once."""
-    console, runs = Console(), []
+    console, runs = Console(width=redirected_width()), []
     for path in bundles:
         arguments = {"bundle": str(path), "precision": precision}
         with Worker(Contender(path.name, "bar_edge.benchmarks.compiling:Compiling", arguments), 1) as worker:

@@ -21,6 +21,7 @@ from bar_edge.calibration.frechet import judge
 from bar_edge.export.demo import data
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.generator import Generator
+from bar_edge.runtime.tables import redirected_width
 from bar_edge.runtime.terminal import run_function
 
 SEEDS = (1, 2, 3, 4, 5)
@@ -92,7 +93,7 @@ def main(
     images: Annotated[int, typer.Option(help="Digits per set; there are five sets of each bundle.")] = 2000,
 ) -> None:
     """Judge, print the table, write the JSON."""
-    console = Console()
+    console = Console(width=redirected_width())
     with console.status("drawing") as status:
         report = compare(
             Bundle.open(reference), [Bundle.open(path) for path in bundles], images=images, seeds=SEEDS,

@@ -19,6 +19,7 @@ import typer
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from bar_edge.benchmarks.measure import replacing
 from bar_edge.calibration.frechet import CNN, REAL, run_cnn, statistics
 from bar_edge.calibration.pretokenized import read_pretokenized
 from bar_edge.export.checkpoint import load_checkpoint
@@ -131,11 +132,13 @@ def main(
         schedule.step()
         if epoch % 25 == 24:
             typer.echo(f"epoch {epoch + 1} of {_EPOCHS}")
-    onnx.save(to_onnx(model), output / CNN)
+    with replacing(output / CNN) as partial:
+        onnx.save(to_onnx(model), partial)
     logits, features = run_cnn(output / CNN, pixels.numpy())
     accuracy = (logits.argmax(1) == labels.numpy())[held_out.numpy()].mean()
     mean, covariance = statistics(features)
-    np.savez(output / REAL, mean=mean, covariance=covariance, count=np.int64(images))
+    with replacing(output / REAL) as partial, partial.open("wb") as file:
+        np.savez(file, mean=mean, covariance=covariance, count=np.int64(images))
     typer.echo(f"held-out accuracy {accuracy:.1%} on {int(held_out.sum())} real digits")
 
 

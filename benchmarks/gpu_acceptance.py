@@ -13,10 +13,10 @@ a C compiler. Where bar-edge is not installed, a link and what setuptools (77 or
 
 Parts, in order: which engines work here and why the others do not; the tests of our kernels that run on a GPU; the demo
 as it is and quantized, led along what ONNX Runtime draws; products of our own beside PyTorch's; random weights in
-published shapes, fp16 and with 8-bit weights, timed by `bench` beside PyTorch on the GPU, alone and in growing batches;
-then beside compiled PyTorch, replayed as CUDA graphs. What fails is in the report with its reason, and the other parts
-go on; what runs on the GPU runs in processes of its own, which are killed where they hang. A part for which too little
-of the budget is left is in the report as not run. The report is written anew, whole, after every part.
+published shapes, fp16 and with 8-bit weights, timed by `bench` beside PyTorch on the GPU, alone; then beside compiled
+PyTorch, replayed as CUDA graphs; then in growing batches. What fails is in the report with its reason, and the other
+parts go on; what runs on the GPU runs in processes of its own, which are killed where they hang. A part for which too
+little of the budget is left is in the report as not run. The report is written anew, whole, after every part.
 
 It takes about 20 GB of memory and 30 GB under TMPDIR. Not yet run on a GPU.
 """
@@ -62,6 +62,7 @@ from bar_edge.runtime.errors import BarEdgeError, EngineError
 from bar_edge.runtime.generator import Generator
 from bar_edge.runtime.noise import SeededNoise
 from bar_edge.runtime.spec import VARIANTS
+from bar_edge.runtime.tables import redirected_width
 from bar_edge.runtime.terminal import run_function
 
 _MODULE = "bar_edge.benchmarks.gpu_acceptance"  # by which other processes know it, also where it is run as a command
@@ -389,7 +390,7 @@ def main(
     """Run everything and write the report."""
     if host_sm() is None:
         raise EngineError(f"no NVIDIA GPU answers here, so there is nothing to accept: {engines.status('cuda').detail}")
-    console = Console()
+    console = Console(width=redirected_width())
     command = f"python -m bar_edge.benchmarks.gpu_acceptance {shlex.join(sys.argv[1:])}"
     acceptance = Acceptance(output, console, budget=60 * minutes, command=command)
     with tempfile.TemporaryDirectory() as folder:

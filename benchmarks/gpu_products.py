@@ -28,6 +28,7 @@ from bar_edge.runtime.engines.cuda.graphs import BLOCK_ROWS, PLAIN, block_rows, 
 from bar_edge.runtime.engines.cuda.module import Module, load_model
 from bar_edge.runtime.engines.cuda.resident import CHUNK_BYTES, CHUNK_INPUTS, TILE, Layer
 from bar_edge.runtime.errors import EngineError
+from bar_edge.runtime.tables import redirected_width
 from bar_edge.runtime.terminal import run_function
 
 SHAPES = ((768, 2304), (768, 768), (2048, 11008), (5504, 2048))  # in, out: trunk qkv and proj, head w12 and w3 of BAR-B
@@ -198,7 +199,7 @@ def main(output: Annotated[Path, typer.Option("-o", "--output", help="JSON to wr
         figures = measure(device)
     finally:
         device.close()
-    Console().print(table(figures))
+    Console(width=redirected_width()).print(table(figures))
     report: Report = stamp(f"python -m bar_edge.benchmarks.gpu_products {shlex.join(sys.argv[1:])}")
     save({**report, "products": [figure.to_dict() for figure in figures]}, output)
 

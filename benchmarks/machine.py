@@ -26,7 +26,7 @@ _TOOL_SECONDS = 10
 
 def machine() -> dict[str, Any]:
     """Processor, cores this process may use, instructions that matter here, system, Python, a board's name, GPUs."""
-    lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
+    lines = _CPUINFO.read_text(encoding="utf-8").splitlines() if _CPUINFO.exists() else []
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "").split()
     facts = {
@@ -37,7 +37,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
     }
     if _BOARD.exists():
-        facts["board"] = _BOARD.read_text().rstrip("\0")
+        facts["board"] = _BOARD.read_text(encoding="utf-8").rstrip("\0")
     return facts | _gpus()
 
 
@@ -94,7 +94,7 @@ def _read_all(folder: Path, pattern: str) -> list[str]:
     found = []
     for file in sorted(folder.glob(pattern)):
         try:
-            found.append(file.read_text().strip())
+            found.append(file.read_text(encoding="utf-8").strip())
         except OSError:  # a sensor that is switched off
             continue
     return found

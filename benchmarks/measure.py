@@ -11,14 +11,14 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from bar_edge.benchmarks.machine import machine, versions
 
@@ -61,7 +61,7 @@ class Worker:
         begin = time.perf_counter()
         try:
             self._ask(("load", contender))
-        except ContenderError:
+        except BaseException:  # Ctrl-C as well
             self.stop()
             raise
         self.load_seconds = time.perf_counter() - begin
@@ -107,11 +107,12 @@ class Worker:
         return peak
 
     def stop(self) -> None:
-        """End the process."""
-        self._pipe.close()
-        self._process.join(timeout=_END_SECONDS)
-        if self._process.is_alive():
-            self._process.terminate()
+        """End the process. Ctrl-C does not keep it from that."""
+        with _uninterrupted():
+            self._pipe.close()
+            self._process.join(timeout=_END_SECONDS)
+            if self._process.is_alive():
+                self._process.terminate()
 
     def _send(self, question: tuple[Any, ...]) -> None:
         try:
@@ -130,21 +131,28 @@ def stamp(command: str) -> Report:
     return {"date": date, "command": command, "machine": machine(), "versions": versions()}
 
 
-def save(report: Report, path: Path) -> None:
-    """Write a report; the file appears whole."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write a file under, which then gets the name `path`: whole or, after an error, not at all."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(json.dumps(report, indent=1) + "\n")
+        yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def save(report: Report, path: Path) -> None:
+    """Write a report; the file appears whole."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def peak_rss_bytes() -> int | None:
     """The peak resident set of this process, mapped files included; None where the system does not tell."""
     if not _STATUS.exists():
         return None
-    lines = _STATUS.read_text().splitlines()
+    lines = _STATUS.read_text(encoding="utf-8").splitlines()
     peak = next((line.split()[1] for line in lines if line.startswith("VmHWM")), None)
     return None if peak is None else int(peak) * 1024
 
@@ -163,14 +171,29 @@ def _thread_limits(threads: int) -> Iterator[None]:
         os.environ.update(before)
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C is not heard within; only the main thread hears it anyway."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _serve(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
+    with suppress(EOFError, BrokenPipeError):  # who asked has gone
+        _answer_all(pipe)
+
+
+def _answer_all(pipe: Connection) -> NoReturn:
     contender: Any = None
     while True:
-        try:
-            question, *details = pipe.recv()
-        except EOFError:
-            return
+        question, *details = pipe.recv()
         try:
             if question == "load":
                 (described,) = details

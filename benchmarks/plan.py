@@ -9,7 +9,7 @@ from bar_edge.benchmarks.measure import Contender
 from bar_edge.runtime import engines
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines.onnxruntime import cpu_count
-from bar_edge.runtime.errors import RequestError
+from bar_edge.runtime.errors import CompatibilityError, EngineError, RequestError
 
 FP32 = "fp32"
 CONTENDERS = "bar_edge.benchmarks.contenders"
@@ -49,7 +49,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Entrant:
-    """A contender with what is known of it beforehand. `unavailable` says why its engine cannot run here."""
+    """A contender with what is known of it beforehand. `unavailable` says why it cannot run here."""
 
     contender: Contender
     kind: str  # pytorch or bundle
@@ -119,8 +119,7 @@ class Plan:
                 yield self._pytorch(self.baseline, FORMS[form])
         for bundle in self.bundles:
             for engine in self.engines or bundle.engines:
-                status = engines.status(engine)
-                yield self._bundle(bundle, engine, "" if status.usable else status.detail)
+                yield self._bundle(bundle, engine)
 
     def _pytorch(self, baseline: Baseline, form: Form) -> Entrant:
         arguments = {
@@ -133,12 +132,21 @@ class Plan:
         timed = baseline.reference_timed or form != FORMS[FP32]
         return Entrant(contender, "pytorch", form.precision, timed=timed)
 
-    def _bundle(self, bundle: Bundle, engine: str, unavailable: str) -> Entrant:
+    def _bundle(self, bundle: Bundle, engine: str) -> Entrant:
         arguments = {"bundle": str(bundle.path), "engine": engine, "threads": self.threads}
         contender = Contender(f"{name_of(bundle)}, {engine}", f"{CONTENDERS}:OnEngine", arguments)
         precision = _precision(bundle, engine)
         graphs = {graph: str(entry["precision"]) for graph, entry in bundle.manifest["graphs"].items()}
-        return Entrant(contender, "bundle", precision, graphs, unavailable)
+        return Entrant(contender, "bundle", precision, graphs, _obstacle(bundle, engine))
+
+
+def _obstacle(bundle: Bundle, engine: str) -> str:
+    """Why a bundle cannot run on an engine here; empty if it can."""
+    try:
+        engines.choose(engine, bundle)
+    except (CompatibilityError, EngineError) as error:
+        return str(error)
+    return ""
 
 
 def _precision(bundle: Bundle, engine: str) -> str:

@@ -24,6 +24,7 @@ from rich.table import Table
 from bar_edge.benchmarks.contenders import Machine
 from bar_edge.benchmarks.measure import save, stamp
 from bar_edge.runtime.engines.onnxruntime import cpu_count
+from bar_edge.runtime.tables import redirected_width
 from bar_edge.runtime.terminal import run_function
 
 SHAPES = ((2048, 11008), (5504, 2048), (768, 2304), (768, 768))  # in, out: head w12 and w3, trunk qkv and proj
@@ -118,7 +119,7 @@ def main(
     threads: Annotated[int, typer.Option(help="0 for all cores.")] = 0,
 ) -> None:
     """Measure every form at every shape, print the table, write the JSON."""
-    console, threads = Console(), threads or cpu_count()
+    console, threads = Console(width=redirected_width()), threads or cpu_count()
     best = Machine(threads=threads)
     table = Table(title="G weights/s at 2 and 16 rows")
     table.add_column("form")

@@ -275,7 +275,8 @@ class _ProfiledEngine(OnnxRuntimeEngine):
 
     def step_events(self) -> list[dict[str, Any]]:
         """End profiling and give every event of the step graph."""
-        events: list[dict[str, Any]] = json.loads(Path(self._sessions[_STEP].end_profiling()).read_text())
+        recorded = Path(self._sessions[_STEP].end_profiling()).read_text(encoding="utf-8")
+        events: list[dict[str, Any]] = json.loads(recorded)
         return events
 
     def _session(self, graph: str) -> Any:

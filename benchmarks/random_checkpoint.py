@@ -14,6 +14,7 @@ import torch
 import typer
 import yaml
 
+from bar_edge.benchmarks.measure import replacing
 from bar_edge.export.checkpoint import Tensors, generator_shapes, tokenizer_shapes
 from bar_edge.runtime.spec import VARIANTS, ModelSpec, Recipe
 from bar_edge.runtime.terminal import run_function
@@ -83,9 +84,11 @@ def config_of(spec: ModelSpec, recipe: Recipe) -> dict[str, object]:
 def write_checkpoint(folder: Path, spec: ModelSpec, recipe: Recipe, generator: Tensors, tokenizer: Tensors) -> None:
     """Write generator.bin, tokenizer.bin and config.yaml into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(generator, folder / "generator.bin")
-    torch.save(tokenizer, folder / "tokenizer.bin")
-    (folder / "config.yaml").write_text(yaml.safe_dump(config_of(spec, recipe)))
+    for name, tensors in (("generator.bin", generator), ("tokenizer.bin", tokenizer)):
+        with replacing(folder / name) as partial, partial.open("wb") as file:
+            torch.save(tensors, file)
+    with replacing(folder / "config.yaml") as partial:
+        partial.write_text(yaml.safe_dump(config_of(spec, recipe)), encoding="utf-8")
 
 
 def _random(name: str, shape: tuple[int, ...], rng: torch.Generator) -> torch.Tensor:

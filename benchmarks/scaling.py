@@ -22,10 +22,11 @@ from matplotlib.ticker import ScalarFormatter
 from rich.console import Console
 from rich.table import Table
 
-from bar_edge.benchmarks.measure import Contender, Report, Worker, save, stamp
+from bar_edge.benchmarks.measure import Contender, Report, Worker, replacing, save, stamp
 from bar_edge.benchmarks.tables import mebibytes
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.errors import RequestError
+from bar_edge.runtime.tables import redirected_width
 from bar_edge.runtime.terminal import run_function
 
 _POINTS = 16  # stretches of positions whose median token time is kept
@@ -112,7 +113,8 @@ def plot(runs: Sequence[Report], path: Path) -> None:
     )
     position.set(xlabel="position", ylabel="ms a token, batch 1", title="Filled cache", ylim=(0, None))
     position.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
 
 
 def _lines(axes: Axes, runs: Sequence[Report], along: str, threads: int) -> None:
@@ -159,9 +161,9 @@ def main(
     plotted: Annotated[bool, typer.Option("--plot", help="Draw result files instead of measuring.")] = False,
 ) -> None:
     """Measure how cost grows, or draw what was measured."""
-    console = Console()
+    console = Console(width=redirected_width())
     if plotted:
-        plot([run for path in inputs for run in json.loads(path.read_text())["runs"]], output)
+        plot([run for path in inputs for run in json.loads(path.read_text(encoding="utf-8"))["runs"]], output)
         return
     if not output.absolute().parent.is_dir():
         raise RequestError(f"{output}: its folder does not exist; make it first")

@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from bar_edge.benchmarks.figures import P99_SAMPLES
 from bar_edge.benchmarks.profiles import MAX_OVERHEAD, STAGES
+from bar_edge.runtime.tables import FiguresTable
 
 _NOISY = 1.5  # p90 over the fastest
 _BUSY = 0.5  # load average
@@ -72,20 +73,17 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def compact(title: str, *numbers: str) -> Table:
+def compact(title: str, *numbers: str) -> FiguresTable:
     """An empty table that fits 80 columns: contender, batch, and right-aligned numbers."""
-    table = plain(title)
-    table.add_column("contender", overflow="fold")
-    for heading in ("batch", *numbers):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = plain(title, "contender")
+    table.add_numbers("batch", *numbers)
     return table
 
 
-def plain(title: str, *headings: str) -> Table:
+def plain(title: str, *headings: str) -> FiguresTable:
     """An empty table with columns of text."""
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left")
-    for heading in headings:
-        table.add_column(heading)
+    table = FiguresTable(title)
+    table.add_texts(*headings)
     return table
 
 
@@ -158,16 +156,16 @@ def _proofs(report: Mapping[str, Any]) -> Table:
     table = plain("the same work: images from the same noise", "contender", "batch", "proof", "PSNR dB")
     for entry in report["contenders"]:
         if entry["state"] != "timed":
-            table.add_row(entry["name"], "", f"{_state(entry)}: {entry['reason']}")
+            table.add_row(entry["name"], "", Text.assemble(_state(entry), f": {entry['reason']}"))
             continue
         for found in entry["proofs"]:
             table.add_row(entry["name"], str(found["batch_size"]), found["sentence"], f"{found['psnr_db']:.1f}")
     return table
 
 
-def _state(entry: Mapping[str, Any]) -> str:
+def _state(entry: Mapping[str, Any]) -> Text:
     """Of a contender that was not timed."""
-    return f"[{'dim' if entry['state'] == 'reference' else 'red'}]{entry['state']}[/]"
+    return Text(entry["state"], style="dim" if entry["state"] == "reference" else "red")
 
 
 def _batches(report: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

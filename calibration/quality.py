@@ -157,8 +157,12 @@ def paired_images(reference: Bundle, bundle: Bundle, *, images: int, seed: int, 
 def compare_bundles(
     reference: Bundle, bundle: Bundle, *, images: int, seed: int, threads: int = 0, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Teacher-forced decisions and paired images of a quantized bundle beside its fp32, JSON-ready."""
+    """Teacher-forced decisions and paired images of a quantized bundle beside its fp32, JSON-ready.
+
+    Raises CalibrationError unless that is what they are.
+    """
     check_pair(reference, bundle)
+    _check_origin(reference, bundle)
     exact = probe(reference, threads)
     recorded = record(exact, reference, images=images, seed=seed, progress=progress)
     exact.close()
@@ -187,6 +191,17 @@ def check_pair(reference: Bundle, bundle: Bundle) -> None:
     if reference.spec != bundle.spec or reference.recipe != bundle.recipe:
         raise CalibrationError(
             f"{bundle.path} and {reference.path} are different models; compare a bundle with its own fp32"
+        )
+
+
+def _check_origin(reference: Bundle, bundle: Bundle) -> None:
+    if "engines" in bundle.manifest:
+        raise CalibrationError(f"{bundle.path}: is compiled; compare the bundle that it was compiled from")
+    made_from = bundle.manifest.get("quantization", {}).get("calibration", {}).get("bundle")
+    if reference.digest not in (made_from, bundle.digest):
+        raise CalibrationError(
+            f"{bundle.path}: was not quantized from {reference.path}; compare it with the very bundle that it was "
+            "quantized from"
         )
 
 

@@ -29,7 +29,7 @@ from bar_edge.export.builder import GraphBuilder
 from bar_edge.export.graphs import build_graphs, decode_graph, modulation_graph, step_graph
 from bar_edge.export.linear import BITS, FP16, FP32, INT8
 from bar_edge.runtime import weights
-from bar_edge.runtime.bundle import SELFTEST, Bundle, publish, write_manifest
+from bar_edge.runtime.bundle import SELFTEST, Bundle, check_not_compiled, check_output, publish, write_manifest
 from bar_edge.runtime.engines.onnxruntime import Step, cpu_count, load_session
 from bar_edge.runtime.errors import CalibrationError, EngineError
 from bar_edge.runtime.sampling import Schedule, sample_token, to_fine_grid, to_uint8
@@ -96,9 +96,11 @@ def quantize_bundle(
             layers of trunk and head stay fp32 until it holds.
         measure: keep a graph's fp32 form where it is not slower on this machine; off, everything is quantized.
 
-    Raises CalibrationError for settings that do not fit, EngineError if a graph is not what was asked for.
+    Raises CalibrationError for settings that do not fit, RequestError for a compiled bundle, EngineError if a graph is
+    not what was asked for.
     """
     report = progress or (lambda what, done, total: None)
+    check_output(output, force=force, sources=[source.path])
     check_settings(source, precision=precision, observer=observer, keep=(*keep_fp32, *keep_fp16), budget=budget)
     calibration.check_bundle(source)
     spec = source.spec
@@ -131,7 +133,8 @@ def quantize_bundle(
             smoothing.apply(smoothed, layer, choice.factors)
     halves = {f"{layer}.weight_fp16": smoothed[f"{layer}.weight"].astype(np.float16) for layer in keep_fp16}
     held = {**smoothed, **_quantized(smoothed, choices, calibration, report), **halves}
-    with publish(output, 2 * sum(array.nbytes for array in held.values()) + _GRAPH_BYTES, force=force) as folder:
+    needed = 2 * sum(array.nbytes for array in held.values()) + _GRAPH_BYTES
+    with publish(output, needed, force=force, sources=[source.path]) as folder:
         scratch = folder / "scratch"
         scratch.mkdir()
         places_both = write_weights(scratch, held, report)
@@ -212,7 +215,11 @@ def quantize_bundle(
 def check_settings(
     source: Bundle, *, precision: str, observer: str, keep: tuple[str, ...], budget: float | None
 ) -> None:
-    """Raise CalibrationError for settings that do not fit `source`; long work asks before it begins."""
+    """Raise CalibrationError for settings that do not fit `source`, RequestError if that is compiled.
+
+    Long work asks before it begins.
+    """
+    check_not_compiled(source)
     if precision not in PRECISIONS or observer not in OBSERVERS:
         raise CalibrationError(
             f"precision {precision!r} and observer {observer!r}: known are {', '.join(PRECISIONS)} "

@@ -90,8 +90,14 @@ class Calibration:
                 return loaded
         except CalibrationError:
             raise
+        except OSError as error:
+            raise CalibrationError(
+                f"{path}: not a calibration file that can be read ({error.strerror or error})"
+            ) from error
         except Exception as error:  # numpy and zipfile raise a dozen kinds for damaged files
-            raise CalibrationError(f"{path}: not a calibration file ({error}); collect again") from error
+            raise CalibrationError(
+                f"{path}: not a calibration file, or damaged; give one that --calibration wrote, or a new name"
+            ) from error
 
     def check_bundle(self, bundle: Bundle, path: Path | str = "the calibration") -> None:
         """Raise CalibrationError unless this was collected, completely, from that bundle."""

@@ -6,9 +6,11 @@ which is safe from torch 2.10 on (earlier releases had remote code execution and
 shapes are those of docs/model.md section 1; nothing is computed here.
 """
 
+import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,29 @@ _WRAPPERS = ("_orig_mod.", "module.")
 _NESTING_KEYS = ("model", "state_dict", "ema")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _MINIMUM_TORCH = Version("2.10")
+_EXPECTED = "a state dict of tensors alone is needed, saved by torch.save (.pt, .bin) or as .safetensors"
+_GUIDANCE = "model.generator.guidance_scale"
+_TEMPERATURE = "model.generator.mbm_head.randomize_temperature"
+_ALLOCATION = "model.generator.mbm_head.tokens_allocation"
+_SIZES: dict[str, Callable[[ModelSpec], int]] = {  # what a YAML states, and what it must be
+    "model.generator.hidden_size": lambda spec: spec.hidden_size,
+    "model.generator.num_hidden_layers": lambda spec: spec.num_layers,
+    "model.generator.num_attention_heads": lambda spec: spec.num_heads,
+    "model.generator.image_seq_len": lambda spec: spec.image_seq_len,
+    "model.generator.condition_num_classes": lambda spec: spec.num_classes,
+    "model.generator.target_codebook_size": lambda spec: 2,
+    "model.generator.patch_size": lambda spec: spec.patch_size,
+    "model.generator.repeat_class_condition": lambda spec: spec.repeat_class_condition,
+    "model.generator.latent_height": lambda spec: spec.grid_size,
+    "model.generator.latent_width": lambda spec: spec.grid_size,
+    "model.generator.mbm_head.width": lambda spec: spec.head_width,
+    "model.generator.mbm_head.num_layers": lambda spec: spec.head_layers,
+    "model.vq_model.token_size": lambda spec: spec.token_size,
+    "model.vq_model.vit_dec_patch_size": lambda spec: spec.decoder_patch_size,
+    "dataset.preprocessing.crop_size": lambda spec: spec.image_size,
+}
+_DEFAULTS = {"model.generator.patch_size": 1, "model.generator.repeat_class_condition": 32}  # of the authors' YAML
+_SETTINGS = (_GUIDANCE, _TEMPERATURE, _ALLOCATION, *_SIZES)  # all that is read
 
 
 @dataclass(frozen=True)
@@ -53,21 +78,22 @@ def load_checkpoint(
         generator: `.bin`/`.pt` (a pickled state dict) or `.safetensors`.
         tokenizer: the same; only `decoder.*` and `quantize.out_proj.*` are kept.
         config: the authors' YAML. Optional for the published variants, which their tensor shapes identify.
-        overrides: `dotted.key=value` settings applied over the YAML.
+        overrides: `dotted.key=value` settings applied over the YAML; only those that are read.
 
     Raises:
         CheckpointError: unreadable file, missing, extra or misshaped tensors, or a generator and a tokenizer that
             do not belong together.
     """
     overrides = list(overrides)
+    overridden = {override.partition("=")[0] for override in overrides}
     tokenizer_tensors = read_tokenizer(tokenizer)
     generator_tensors = _with_shared_tables(read_state_dict(generator))
     settings = read_config(config, overrides)
     spec = infer_spec(generator_tensors, tokenizer_tensors, generator, tokenizer)
-    _check_config(spec, settings, generator)
+    _check_config(spec, settings, overridden, generator)
     _check_tensors(generator_tensors, generator_shapes(spec), generator)
     variant = find_variant(spec)
-    recipe = _recipe(settings, variant.recipe if variant else None, overrides, spec)
+    recipe = _recipe(settings, variant.recipe if variant else None, overridden, spec)
     return Checkpoint(spec, recipe, variant.name if variant else None, generator_tensors, tokenizer_tensors)
 
 
@@ -77,10 +103,13 @@ def read_state_dict(path: Path) -> Tensors:
     Returns tensors in their stored dtype, on the CPU, memory mapped where possible. Raises CheckpointError.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+        found = "not a plain file" if path.exists() else "no such file"
+        raise CheckpointError(f"{path}: {found}; {_EXPECTED}")
     if path.suffix == ".safetensors":
         try:
             loaded: Any = safetensors.torch.load_file(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
         except Exception as error:
             raise CheckpointError(f"{path}: not a readable safetensors file ({_first_line(error)})") from error
     else:
@@ -114,7 +143,10 @@ def read_tokenizer(path: Path) -> Tensors:
 
 
 def read_config(path: Path | None, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """Parse the authors' YAML and apply `dotted.key=value` overrides. An absent file is an empty mapping."""
+    """Parse the authors' YAML and apply `dotted.key=value` overrides. Without a path it is empty.
+
+    Raises CheckpointError if the YAML is not the authors' or an override is malformed or of a setting nobody reads.
+    """
     settings: Any = {}
     if path is not None:
         try:
@@ -127,6 +159,10 @@ def read_config(path: Path | None, overrides: Iterable[str] = ()) -> dict[str, A
         key, separator, value = override.partition("=")
         if not separator or not key:
             raise CheckpointError(f"override {override!r} is not of the form dotted.key=value")
+        if key not in _SETTINGS:
+            near = difflib.get_close_matches(key, _SETTINGS, n=1)
+            meant = f"did you mean {near[0]}?" if near else f"these are: {', '.join(_SETTINGS)}"
+            raise CheckpointError(f"override {override!r}: {key} is not read; {meant}")
         *parents, leaf = key.split(".")
         section = settings
         for parent in parents:
@@ -283,16 +319,24 @@ def _read_pickle(path: Path) -> Any:
             "or convert the file to .safetensors"
         )
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of files that are refused right after
+            return _load(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # torch's own messages advise to execute what is in the file
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"holds {refused[1]}, which was not loaded" if refused else "not a checkpoint of PyTorch, or cut short"
+        raise CheckpointError(f"{path}: {found}; {_EXPECTED}") from error
+
+
+def _load(path: Path) -> Any:
+    try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as error:
-        if "mmap can only be used" not in str(error):
-            raise CheckpointError(f"{path}: not a readable checkpoint ({_first_line(error)})") from error
-    except Exception as error:
-        raise CheckpointError(f"{path}: refused or unreadable ({_first_line(error)})") from error
-    try:  # the format of torch < 1.6 cannot be memory mapped
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint ({_first_line(error)})") from error
+        if "mmap can only be used" not in str(error):  # the format of torch < 1.6 cannot be memory mapped
+            raise
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _unnest(loaded: Any, path: Path) -> Mapping[str, torch.Tensor]:
@@ -377,61 +421,29 @@ def _check_tensors(tensors: Tensors, expected: dict[str, tuple[int, ...]], path:
         raise CheckpointError(f"{path}: tensors do not fit the model: {_listing(problems, '; ')}")
 
 
-def _check_config(spec: ModelSpec, settings: dict[str, Any], path: Path) -> None:
+def _check_config(spec: ModelSpec, settings: dict[str, Any], overridden: set[str], path: Path) -> None:
     """The YAML must describe this checkpoint: every size it states is compared with the tensors."""
-    model = _section(settings, "model")
-    generator, vq_model = _section(model, "generator"), _section(model, "vq_model")
-    described = "hidden_size" in generator  # the authors' YAML, not only overrides of a few values
-    head = _section(generator, "mbm_head")
-    preprocessing = _section(_section(settings, "dataset"), "preprocessing")
-    stated = {
-        "model.generator.hidden_size": (generator.get("hidden_size"), spec.hidden_size),
-        "model.generator.num_hidden_layers": (generator.get("num_hidden_layers"), spec.num_layers),
-        "model.generator.num_attention_heads": (generator.get("num_attention_heads"), spec.num_heads),
-        "model.generator.image_seq_len": (generator.get("image_seq_len"), spec.image_seq_len),
-        "model.generator.condition_num_classes": (generator.get("condition_num_classes"), spec.num_classes),
-        "model.generator.target_codebook_size": (generator.get("target_codebook_size"), 2),
-        "model.generator.patch_size": (generator.get("patch_size", 1 if described else None), spec.patch_size),
-        "model.generator.repeat_class_condition": (
-            generator.get("repeat_class_condition", 32 if described else None),
-            spec.repeat_class_condition,
-        ),
-        "model.generator.latent_height": (generator.get("latent_height"), spec.grid_size),
-        "model.generator.latent_width": (generator.get("latent_width"), spec.grid_size),
-        "model.generator.mbm_head.width": (head.get("width"), spec.head_width),
-        "model.generator.mbm_head.num_layers": (head.get("num_layers"), spec.head_layers),
-        "model.vq_model.token_size": (vq_model.get("token_size"), spec.token_size),
-        "model.vq_model.vit_dec_patch_size": (vq_model.get("vit_dec_patch_size"), spec.decoder_patch_size),
-        "dataset.preprocessing.crop_size": (preprocessing.get("crop_size"), spec.image_size),
-    }
-    wrong = [
-        f"{key} is {value!r} in the YAML, {actual} in the tensors"
-        for key, (value, actual) in stated.items()
-        if value is not None and not _is_interpolation(value) and value != actual
-    ]
+    described = _setting(settings, "model.generator.hidden_size") is not None  # the authors' YAML, not only overrides
+    defaults = _DEFAULTS if described else {}
+    wrong = []
+    for key, size in _SIZES.items():
+        value = _setting(settings, key, defaults.get(key))
+        if value is not None and not _is_interpolation(value) and value != size(spec):
+            wrong.append(f"{key} is {value!r} {_origin(key, overridden)}, {size(spec)} in the tensors")
     if wrong:
-        raise CheckpointError(f"{path} and its YAML do not belong together: {_listing(wrong, '; ')}")
+        raise CheckpointError(f"{path} and its settings do not belong together: {_listing(wrong, '; ')}")
 
 
-def _recipe(settings: dict[str, Any], published: Recipe | None, overrides: Iterable[str], spec: ModelSpec) -> Recipe:
+def _recipe(settings: dict[str, Any], published: Recipe | None, overridden: set[str], spec: ModelSpec) -> Recipe:
     """The authors' evaluation recipe for a published variant, else the YAML's; a command-line override wins."""
-    generator = _section(_section(settings, "model"), "generator")
-    head = _section(generator, "mbm_head")
-    overridden = {override.partition("=")[0] for override in overrides}
-    found = {
-        "model.generator.guidance_scale": (generator.get("guidance_scale"), published and published.guidance),
-        "model.generator.mbm_head.randomize_temperature": (
-            head.get("randomize_temperature"),
-            published and published.temperature,
-        ),
-        "model.generator.mbm_head.tokens_allocation": (
-            head.get("tokens_allocation"),
-            published and published.allocation,
-        ),
+    known = {
+        _GUIDANCE: published and published.guidance,
+        _TEMPERATURE: published and published.temperature,
+        _ALLOCATION: published and published.allocation,
     }
     chosen = {
-        key: yaml_value if published is None or key in overridden else known
-        for key, (yaml_value, known) in found.items()
+        key: _setting(settings, key) if published is None or key in overridden else value
+        for key, value in known.items()
     }
     absent = [key for key, value in chosen.items() if value is None]
     if absent:
@@ -439,15 +451,42 @@ def _recipe(settings: dict[str, Any], published: Recipe | None, overrides: Itera
             f"no sampling recipe: {_listing(absent)} not given, and the shapes match no published variant "
             f"({', '.join(VARIANTS)}). Give the YAML with --config, or the values as key=value"
         )
-    guidance, temperature, allocation = chosen.values()
-    try:
-        recipe = Recipe(float(guidance), float(temperature), tuple(int(a) for a in allocation))  # type: ignore[arg-type, union-attr]
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the sampling recipe in the YAML is malformed: {chosen}") from error
+    for key, value in chosen.items():
+        fits, form = (
+            (_is_list, "a list of whole numbers, as [2,2,5,7]") if key == _ALLOCATION else (_is_number, "a number")
+        )
+        if not fits(value):
+            raise CheckpointError(f"{key} is {value!r} {_origin(key, overridden)}, expected {form}")
+    recipe = Recipe(float(chosen[_GUIDANCE]), float(chosen[_TEMPERATURE]), tuple(chosen[_ALLOCATION]))
     try:
         return recipe.validated(spec.bits_per_token)
     except RequestError as error:
-        raise CheckpointError(f"the sampling recipe in the YAML does not fit: {error}") from error
+        changed = " with what the command line overrides" if overridden & chosen.keys() else " in the YAML"
+        raise CheckpointError(f"the sampling recipe{changed} does not fit: {error}") from error
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(value, bool)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(type(bits) is int for bits in value)
+
+
+def _origin(key: str, overridden: set[str]) -> str:
+    return "on the command line" if key in overridden else "in the YAML"
+
+
+def _setting(settings: dict[str, Any], key: str, default: Any = None) -> Any:
+    *parents, leaf = key.split(".")
+    section = settings
+    for parent in parents:
+        section = _section(section, parent)
+    return section.get(leaf, default)
 
 
 def _section(settings: Any, name: str) -> dict[str, Any]:

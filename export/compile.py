@@ -30,7 +30,7 @@ from bar_edge.export.plan_report import BF16, Program, read_plan
 from bar_edge.export.targets import Target, resolve
 from bar_edge.export.tensorrt_graphs import build_tensorrt_graphs
 from bar_edge.runtime import weights
-from bar_edge.runtime.bundle import SELFTEST, Bundle, publish, write_manifest
+from bar_edge.runtime.bundle import SELFTEST, Bundle, check_not_compiled, publish, write_manifest
 from bar_edge.runtime.engines.cuda import cache
 from bar_edge.runtime.engines.cuda.device import driver_version
 from bar_edge.runtime.engines.cuda.loop import ITEMSIZES, TABLES, buffer_sizes
@@ -82,7 +82,8 @@ def compile_bundle(
     tensors = weights.open_weights(source.path)
     pending = device_weights(tensors, precisions, device.dtype)
     profiles = [Profile.of(images, guided=recipe.guidance > 1, passes=len(recipe.allocation)) for images in batches]
-    with publish(output, 2 * len(batches) * source.file_bytes(weights.FILE_NAME), force=force) as folder:
+    needed = 2 * len(batches) * source.file_bytes(weights.FILE_NAME)
+    with publish(output, needed, force=force, sources=[source.path]) as folder:
         scratch = folder / "scratch"
         scratch.mkdir()
         report("writing weights for the device", 0, 1)
@@ -242,14 +243,15 @@ def check_program(name: str, program: Program, expected: Mapping[str, str]) -> N
 
 
 def _check(source: Bundle, precision: str, batches: tuple[int, ...], keep_onnx: Path | None) -> None:
-    if "engines" in source.manifest:
-        raise RequestError(f"{source.path}: is compiled already; compile the bundle it was made from")
+    check_not_compiled(source)
     if precision not in PRECISIONS:
         raise RequestError(
             f"precision {precision!r}: known are {', '.join(PRECISIONS)}; INT8 and INT4 come from quantize"
         )
     if keep_onnx is not None and keep_onnx.exists():
         raise RequestError(f"{keep_onnx}: exists already; choose a new folder for the graphs")
+    if keep_onnx is not None and source.path.resolve() in keep_onnx.resolve().parents:
+        raise RequestError(f"{keep_onnx}: lies in {source.path}, which it would spoil; choose another folder")
     if not batches or min(batches) < 1:
         raise RequestError(f"batches must be at least 1, are {', '.join(map(str, batches)) or 'none'}")
     if source.manifest.get("quantization", {}).get("activations") == "asymmetric":

@@ -41,6 +41,8 @@ def data() -> AbstractContextManager[Path]:
 
 def run(output: Path, *, force: bool, console: Console, progress: Callable[[], Any]) -> None:
     """Export, draw digits, verify against PyTorch, quantize, compare, time. Everything lands in `output`."""
+    if output.exists() and not output.is_dir():
+        raise RequestError(f"{output}: is a file; choose a folder")
     if output.exists() and any(output.iterdir()) and not force:
         raise RequestError(f"{output}: has files already; choose another folder, or pass --force to write into it")
     output.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ import torch
 from bar_edge.export.checkpoint import Checkpoint, load_checkpoint
 from bar_edge.export.graphs import build_graphs
 from bar_edge.export.model import build_decoder, build_generator
-from bar_edge.export.replay import TIE, replay
+from bar_edge.export.replay import TIE, Replay, replay
 from bar_edge.export.rewrite import Rewriter
 from bar_edge.runtime import weights
 from bar_edge.runtime.bundle import SELFTEST, Bundle, publish, sha256, write_manifest
@@ -32,6 +32,7 @@ _SELFTEST_SEED = 1
 _SELFTEST_IMAGES = 2  # the one whose closest decision is farthest from a tie is recorded
 _IMAGE_TOLERANCE = 1e-4  # of the largest value, decoder against the reference, fp32
 _GRAPH_BYTES = 8 * 2**20
+_OVERFLOW = "overflow in float32, so that it draws nothing; export a checkpoint whose weights are as they were trained"
 
 
 def export_bundle(
@@ -57,7 +58,8 @@ def export_bundle(
     rewriter = Rewriter(checkpoint)
     header, places = weights.lay_out(rewriter.pending)
     total = sum(place.length for place in places.values())
-    with publish(output, total + _GRAPH_BYTES, force=force) as folder:
+    sources = [generator, tokenizer, *([config] if config else [])]
+    with publish(output, total + _GRAPH_BYTES, force=force, sources=sources) as folder:
         done = 0
         with (folder / weights.FILE_NAME).open("wb") as file:
             for _, size in weights.write(file, header, places, rewriter.pending):
@@ -80,7 +82,7 @@ def export_bundle(
             recipe=checkpoint.recipe,
             variant=checkpoint.variant,
             graphs=described,
-            provenance=_provenance([generator, tokenizer, *([config] if config else [])], overrides),
+            provenance=_provenance(sources, overrides),
             progress=report,
         )
     return Bundle.open(output, report)
@@ -109,6 +111,7 @@ def _self_test(checkpoint: Checkpoint, bundle: Bundle, report: Progress) -> Reco
     report("self-test: repeating with the reference model", 0, 1)
     reference = build_generator(checkpoint)
     checked = replay(reference, bits, class_ids.tolist(), recipe, noise)
+    _check_finite(checked)
     if checked.unexplained:
         raise EngineError(
             f"the exported graphs do not draw what the reference model draws: {checked.unexplained} of "
@@ -121,11 +124,24 @@ def _self_test(checkpoint: Checkpoint, bundle: Bundle, report: Progress) -> Reco
         ratio = torch.from_numpy(Schedule.of(recipe, spec.bits_per_token).mask_ratio[:1])
         first_logits = reference.lm_head(nothing_known, torch.from_numpy(latent[None]), ratio).numpy()[0]
         image = build_decoder(checkpoint)(torch.from_numpy(bits)).numpy()
+    if not np.isfinite(image).all():
+        raise CheckpointError(
+            f"the reference decoder draws NaN or infinite pixels: the tokenizer's activations {_OVERFLOW}"
+        )
     error = float(np.abs(decoded - image).max() / max(1, np.abs(image).max()))
     if not error < _IMAGE_TOLERANCE:
         raise EngineError(f"the exported decoder differs from the reference by {error:.1e}; please report this bug")
     pixels = to_uint8(image[best : best + 1])[0]
     return Record(_SELFTEST_SEED, best, class_id, bits[best], latent, first_logits, pixels)
+
+
+def _check_finite(checked: Replay) -> None:
+    """Raise CheckpointError unless every decision of the reference model was made of numbers."""
+    if lost := int(np.isnan(checked.margins).sum()):
+        raise CheckpointError(
+            f"the reference model's latents or logits are NaN or infinite in {lost} of {checked.margins.size} tokens: "
+            f"the generator's activations {_OVERFLOW}"
+        )
 
 
 def _provenance(sources: list[Path], overrides: list[str]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Any
 import onnx
 
 from bar_edge.export.checkpoint import Tensors, generator_shapes, read_state_dict
+from bar_edge.runtime import weights
+from bar_edge.runtime.bundle import MANIFEST
 from bar_edge.runtime.errors import CheckpointError
 from bar_edge.runtime.onnx_locations import external_locations
 from bar_edge.runtime.spec import VARIANTS
@@ -14,6 +16,8 @@ from bar_edge.runtime.spec import VARIANTS
 
 def describe_file(path: Path) -> dict[str, Any]:
     """JSON-ready facts of a checkpoint or an ONNX graph. Raises CheckpointError."""
+    if path.name == weights.FILE_NAME and (path.parent / MANIFEST).exists():
+        raise CheckpointError(f"{path}: holds the weights of a bundle; inspect its folder, {path.parent}")
     return _describe_onnx(path) if path.suffix == ".onnx" else _describe_checkpoint(path)
 
 

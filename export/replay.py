@@ -26,15 +26,16 @@ class Replay:
     """What the reference says of B images of N tokens."""
 
     differing_bits: NDArray[np.int64]  # [B, N]
-    margins: NDArray[
-        np.float32
-    ]  # [B, N] distance of the closest decision from a tie, as a fraction of the largest logit
+    # [B, N] distance of the closest decision from a tie, as a fraction of the largest logit; NaN where the reference's
+    # logits are not finite
+    margins: NDArray[np.float32]
     latents: NDArray[np.float32]  # [rows, N, W] of the reference, by generation step, conditional rows first
 
     @property
     def unexplained(self) -> int:
-        """Tokens that differ although no decision was a tie."""
-        return int(((self.differing_bits > 0) & (self.margins >= TIE)).sum())
+        """Tokens that differ although no decision was a tie, or of which the reference cannot tell (margin NaN)."""
+        differs = (self.differing_bits > 0) & (self.margins >= TIE)
+        return int((differs | np.isnan(self.margins)).sum())
 
     @property
     def images_with_ties(self) -> int:
@@ -65,21 +66,29 @@ def replay(
     schedule = Schedule.of(recipe, spec.bits_per_token)
     differing = np.empty((images, tokens), dtype=np.int64)
     margins = np.empty((images, tokens), dtype=np.float32)
+    finite = np.ones((images, tokens), dtype=np.bool_)
     for i in range(images):  # the tokens of an image stand in the place of the images of a batch
         latent = torch.cat([latents[row] for row in range(i, len(rows), images)])  # [copies*N, W]
 
         def head(
-            known: NDArray[np.bool_], ones: NDArray[np.bool_], s: int, latent: torch.Tensor = latent
+            known: NDArray[np.bool_],
+            ones: NDArray[np.bool_],
+            s: int,
+            latent: torch.Tensor = latent,
+            finite: NDArray[np.bool_] = finite[i],
         ) -> NDArray[np.float32]:
             ids = torch.from_numpy(np.where(known, ones, 2).astype(np.int64)).to(device).repeat(copies, 1)
             ratio = torch.full((len(latent),), float(schedule.mask_ratio[s]), device=device)
             logits: NDArray[np.float32] = generator.lm_head(ids, latent, ratio).float().cpu().numpy()
+            finite &= np.isfinite(logits).all(axis=(1, 2)).reshape(copies, tokens).all(axis=0)
             return logits
 
-        again, margins[i] = sample_token(
-            head, schedule, scale[:, None, None],
-            gumbel(u_bits[:, :, i].swapaxes(0, 1)), gumbel(u_confidence[:, :, i].swapaxes(0, 1)),
-        )  # fmt: skip
+        with np.errstate(over="ignore", invalid="ignore"):  # the margins tell
+            again, margin = sample_token(
+                head, schedule, scale[:, None, None],
+                gumbel(u_bits[:, :, i].swapaxes(0, 1)), gumbel(u_confidence[:, :, i].swapaxes(0, 1)),
+            )  # fmt: skip
+        margins[i] = np.where(finite[i], margin, np.nan)
         differing[i] = (again != drawn[i]).sum(axis=1)
     return Replay(differing, margins, latents.cpu().numpy())
 

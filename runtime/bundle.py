@@ -9,23 +9,23 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bar_edge.runtime.errors import BundleError, CompatibilityError
-from bar_edge.runtime.onnx_locations import external_locations
+from bar_edge.runtime import weights
+from bar_edge.runtime.errors import BundleError, CompatibilityError, RequestError
+from bar_edge.runtime.manifest import FORMAT, FORMAT_VERSION, REMEDY, read_manifest
+from bar_edge.runtime.manifest import MANIFEST as MANIFEST
+from bar_edge.runtime.onnx_locations import external_locations, graph_name
 from bar_edge.runtime.spec import ModelSpec, Recipe
 
-MANIFEST = "manifest.json"
 SELFTEST = "selftest.npz"
-FORMAT = "bar-edge bundle"
-FORMAT_VERSION = 1
 _CHUNK = 4 * 2**20
-_MAX_MANIFEST = 16 * 2**20
 _SPARE_DISK = 64 * 2**20
 
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
@@ -49,30 +49,35 @@ class Bundle:
         Raises BundleError if anything differs from the manifest, CompatibilityError if the format is unknown.
         """
         path = Path(path)
-        manifest = _read_manifest(path)
         try:
-            files = {
-                str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()
-            }
-            graphs = {str(name): str(entry["file"]) for name, entry in manifest["graphs"].items()}
+            return cls._verified(path, progress)
+        except OSError as error:
+            raise BundleError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from error
+
+    @classmethod
+    def _verified(cls, path: Path, progress: Progress | None) -> "Bundle":
+        manifest = read_manifest(path)
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        graphs = {name: entry["file"] for name, entry in manifest["graphs"].items()}
+        sampling = manifest["recipe"]
+        try:
             spec = ModelSpec.from_dict(manifest["model"])
-            sampling = manifest["recipe"]
             recipe = Recipe(
-                float(sampling["guidance"]), float(sampling["temperature"]), tuple(map(int, sampling["allocation"]))
-            )
-            variant = manifest["variant"]
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise BundleError(f"{path / MANIFEST}: incomplete or malformed ({error!r}). {_REMEDY}") from error
+                float(sampling["guidance"]), float(sampling["temperature"]), tuple(sampling["allocation"])
+            ).validated(spec.bits_per_token)
+        except (ValueError, OverflowError, RequestError) as error:
+            raise BundleError(f"{path / MANIFEST}: incomplete or malformed ({error}). {REMEDY}") from error
         _verify_files(path, files, progress)
         for name, file in graphs.items():
             if file not in files:
-                raise BundleError(f"{path / MANIFEST}: graph {name} is in {file!r}, which is not listed. {_REMEDY}")
+                raise BundleError(f"{path / MANIFEST}: graph {name} is in {file!r}, which is not listed. {REMEDY}")
             if not file.endswith(".onnx"):
-                raise BundleError(f"{path / MANIFEST}: graph {name} is in {file!r}, which is no .onnx file. {_REMEDY}")
+                raise BundleError(f"{path / MANIFEST}: graph {name} is in {file!r}, which is no .onnx file. {REMEDY}")
         for file in files:
             if file.lower().endswith(".onnx"):
-                _check_locations(path / file, files)
-        return cls(path, spec, recipe, variant, graphs, manifest)
+                _check_graph(path / file, files, [name for name, of in graphs.items() if of == file])
+        weights.check_sizes(path / weights.FILE_NAME, spec)
+        return cls(path, spec, recipe, manifest["variant"], graphs, manifest)
 
     def graph(self, name: str) -> Path:
         """The file of a graph. Raises CompatibilityError if the bundle has none of that name."""
@@ -99,7 +104,15 @@ class Bundle:
         return hashlib.sha256(listing.encode()).hexdigest()
 
 
-_REMEDY = "Copy the bundle again, or export it again"
+def check_not_compiled(source: Bundle) -> None:
+    """Raise RequestError for a bundle that only its engine can read: its weights are in another form, or in plans."""
+    if "engines" in source.manifest:
+        raise compiled_already(source.path)
+
+
+def compiled_already(what: Path | str) -> RequestError:
+    """The error for a compiled bundle where one that is not is needed."""
+    return RequestError(f"{what}: is compiled already; use the bundle it was made from")
 
 
 def write_manifest(
@@ -145,10 +158,13 @@ def sha256(path: Path) -> str:
     return _hash(path, 0, 0, "", None)[1]
 
 
-def check_output(output: Path, *, force: bool) -> None:
-    """Raise BundleError if a bundle must not be written to `output`; long work asks before it begins."""
+def check_output(output: Path, *, force: bool, sources: Iterable[Path] = ()) -> None:
+    """Raise BundleError if a bundle made of `sources` must not be written to `output`; long work asks before."""
     if output.is_symlink():
         raise BundleError(f"{output}: is a link; give the folder itself")
+    for source in sources:
+        if _contains(output, source) or _contains(source, output):
+            raise BundleError(f"{output}: is, holds or lies in {source}, which it is made of; choose another folder")
     if output.exists() and not force:
         raise BundleError(f"{output}: exists already; choose another folder or pass --force to replace it")
     if (
@@ -161,13 +177,16 @@ def check_output(output: Path, *, force: bool) -> None:
 
 
 @contextmanager
-def publish(output: Path, needed_bytes: int, *, force: bool) -> Iterator[Path]:
+def publish(output: Path, needed_bytes: int, *, force: bool, sources: Iterable[Path] = ()) -> Iterator[Path]:
     """Give a temporary sibling folder of `output`; when the block ends well it becomes `output`, whole and synced.
 
-    Raises BundleError if `output` exists and `force` is not set, or the disk has less than `needed_bytes` free.
-    On any error or interruption nothing is left behind.
+    `sources`: what the block reads, which `output` must not replace.
+
+    Raises BundleError if `output` exists and `force` is not set, then or in the end; if the disk has less than
+    `needed_bytes` free; if something cannot be read or written. On any error or interruption nothing is left behind.
     """
-    check_output(output, force=force)
+    sources = tuple(sources)
+    check_output(output, force=force, sources=sources)
     parent = output.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -181,83 +200,94 @@ def publish(output: Path, needed_bytes: int, *, force: bool) -> Iterator[Path]:
         temporary.mkdir()
     except OSError as error:
         raise BundleError(f"{parent}: cannot be written to ({error.strerror})") from error
+    old = temporary.with_suffix(".old")
     try:
         yield temporary
         for entry in [*temporary.iterdir(), temporary]:
             _sync(entry)
-        if output.exists():
-            old = temporary.with_suffix(".old")
+        check_output(output, force=force, sources=sources)  # someone else may have been faster
+        if force and output.exists():
             output.rename(old)
             try:
                 temporary.rename(output)
             except OSError:
                 old.rename(output)
                 raise
-            shutil.rmtree(old, ignore_errors=True)
         else:
             temporary.rename(output)
         _sync(parent)
     except OSError as error:
+        places = [Path(str(place)) for place in (error.filename, error.filename2) if place is not None]
+        written = (temporary, old, output)
+        if places and not any(place == parent or any(map(place.is_relative_to, written)) for place in places):
+            raise BundleError(
+                f"{places[0]}: cannot be read or written ({error.strerror}); nothing was left behind"
+            ) from error
         raise BundleError(f"{output}: writing failed ({error.strerror or error}); nothing was left behind") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    if old.exists():
+        _remove(old, output)
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        kind = "is a file, not a bundle folder" if path.is_file() else "no such folder"
-        raise BundleError(f"{path}: {kind}; give a folder made by `bar-edge export`")
-    file = path / MANIFEST
-    if file.is_symlink() or not file.is_file():
-        raise BundleError(f"{path}: has no {MANIFEST}, so it is not a bundle; give a folder made by `bar-edge export`")
-    if file.stat().st_size > _MAX_MANIFEST:
-        raise BundleError(f"{file}: too large to be a manifest. {_REMEDY}")
+def _contains(outer: Path, inner: Path) -> bool:
+    """Whether `outer` is `inner` or a folder above it, however they are spelled."""
+    inner = inner.resolve()
+    return outer.exists() and any(place.exists() and place.samefile(outer) for place in (inner, *inner.parents))
+
+
+def _remove(old: Path, output: Path) -> None:
     try:
-        manifest = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{file}: cut short or not JSON ({error}). {_REMEDY}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise BundleError(f"{file}: not the manifest of a bar-edge bundle. {_REMEDY}")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise CompatibilityError(
-            f"{file}: bundle format {manifest.get('format_version')!r}, this version reads {FORMAT_VERSION}; "
-            "install the bar-edge that made it, or export again with this one"
-        )
-    return manifest
+        old.chmod(stat.S_IRWXU)  # out of a read-only folder no file can be removed
+        shutil.rmtree(old)
+    except OSError as error:
+        raise BundleError(
+            f"{output}: is the new bundle, but the one it replaced is left in {old} ({error.strerror}); "
+            "remove that by hand"
+        ) from error
 
 
 def _verify_files(path: Path, files: Mapping[str, tuple[int, str]], progress: Progress | None) -> None:
     for name in files:
         if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-            raise BundleError(f"{path / MANIFEST}: lists {name!r}, a path out of the bundle. {_REMEDY}")
+            raise BundleError(f"{path / MANIFEST}: lists {name!r}, a path out of the bundle. {REMEDY}")
+    if unlisted := sorted({weights.FILE_NAME, SELFTEST} - set(files)):
+        raise BundleError(f"{path / MANIFEST}: lists no {unlisted[0]}, which every bundle has. {REMEDY}")
     present = {entry.name for entry in os.scandir(path)} - {MANIFEST}
     if missing := sorted(set(files) - present):
-        raise BundleError(f"{path}: missing {', '.join(missing)}. {_REMEDY}")
+        raise BundleError(f"{path}: missing {', '.join(missing)}. {REMEDY}")
     if extra := sorted(present - set(files)):
         raise BundleError(
-            f"{path}: holds {', '.join(extra)}, not listed in its manifest. Remove them, or {_REMEDY.lower()}"
+            f"{path}: holds {', '.join(extra)}, not listed in its manifest. Remove them, or {REMEDY.lower()}"
         )
     for name, (size, _) in files.items():
         file = path / name
-        if file.is_symlink() or not file.is_file():
-            raise BundleError(f"{file}: a link or not a plain file; a bundle holds only plain files. {_REMEDY}")
+        if file.is_symlink():
+            raise BundleError(f"{file}: is a link, and a bundle holds only plain files; copy its folder with `cp -rL`")
+        if not file.is_file():
+            raise BundleError(f"{file}: not a plain file; a bundle holds only those. {REMEDY}")
         if (found := file.stat().st_size) != size:
             how = "truncated" if found < size else "grown"
-            raise BundleError(f"{file}: {how}, {found} bytes where the manifest says {size}. {_REMEDY}")
+            raise BundleError(f"{file}: {how}, {found} bytes where the manifest says {size}. {REMEDY}")
     total, done = sum(size for size, _ in files.values()), 0
     for name, (_, expected) in files.items():
         done, digest = _hash(path / name, done, total, "verifying", progress)
         if digest != expected:
-            raise BundleError(f"{path / name}: its content was changed (SHA-256 differs from the manifest). {_REMEDY}")
+            raise BundleError(f"{path / name}: its content was changed (SHA-256 differs from the manifest). {REMEDY}")
 
 
-def _check_locations(file: Path, files: Mapping[str, Any]) -> None:
+def _check_graph(file: Path, files: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise BundleError unless the graph's data lie in the bundle and it is the one that the manifest calls so."""
+    model = file.read_bytes()
     try:
-        locations = external_locations(file.read_bytes())
+        locations, own_name = external_locations(model), graph_name(model)
     except ValueError as error:
-        raise BundleError(f"{file}: not a well-formed ONNX graph ({error}). {_REMEDY}") from error
+        raise BundleError(f"{file}: not a well-formed ONNX graph ({error}). {REMEDY}") from error
     if outside := sorted(locations - set(files)):
-        raise BundleError(f"{file}: its external data point to {outside[0]!r}, which is not in the bundle. {_REMEDY}")
+        raise BundleError(f"{file}: its external data point to {outside[0]!r}, which is not in the bundle. {REMEDY}")
+    for name in names:
+        if own_name not in (name, name.removeprefix("onnxruntime_")):  # a canonical graph may be written for it
+            raise BundleError(f"{file}: holds the graph {own_name!r}, the manifest says {name}. {REMEDY}")
 
 
 def _hash(path: Path, done: int, total: int, what: str, progress: Progress | None) -> tuple[int, str]:

@@ -4,8 +4,11 @@ Exit codes: 0 done; 1 a check ran and failed; 2 a mistake that one sentence expl
 """
 
 import json
+import math
+import os
 import shlex
 import sys
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bar_edge.runtime.errors import RequestError
+from bar_edge.runtime.tables import redirected_width
 from bar_edge.runtime.terminal import err, run
 
 app = typer.Typer(
@@ -25,12 +29,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-out = Console(soft_wrap=True)
+out = Console(soft_wrap=True, width=redirected_width(), markup=False)
+_MOST_IMAGES = 2**32 - 1  # of a seed
 
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 EngineName = Annotated[str, typer.Option("--engine", help="auto, or an engine's name, which then is never replaced.")]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 for all cores.")]
+Threads = Annotated[int, typer.Option(min=0, max=1024, help="CPU threads; 0 for all cores.")]
 
 
 @app.callback()
@@ -109,15 +114,15 @@ def quantize(
 
     trajectories = _need("bar_edge.calibration.trajectories", "calibration")
     quantizer = _need("bar_edge.calibration.quantizer", "calibration")
-    check_output(output, force=force)
+    check_output(output, force=force, sources=[bundle])
     kept = tuple(layer.removesuffix("=fp16") for layer in keep or ())
     halves = tuple(layer.removesuffix("=fp16") for layer in keep or () if layer.endswith("=fp16"))
-    with _progress() as bar:
+    with _progress() as bar, ExitStack() as kept_for_later:
         source = _open(bundle, bar)
         quantizer.check_settings(source, precision=precision, observer=observer, keep=kept, budget=budget)
         partial = output.absolute().parent / f".{output.name}.calibration.npz"
-        if calibration is not None and not calibration.absolute().parent.is_dir():
-            raise RequestError(f"{calibration}: its folder does not exist; make it first")
+        if calibration is not None and not os.access(calibration.absolute().parent, os.W_OK):
+            raise RequestError(f"{calibration}: its folder does not exist or cannot be written; make it first")
         if calibration is not None and calibration.exists():
             collected = trajectories.Calibration.load(calibration)
             collected.check_bundle(source, calibration)
@@ -129,6 +134,7 @@ def quantize(
                 real = reader.read_pretokenized(data, source.spec, images=images, seed=seed)
             plan = trajectories.make_plan(source.spec, images=images, seed=seed, batch_size=batch_size, real=real)
             partial.parent.mkdir(parents=True, exist_ok=True)
+            kept_for_later.callback(_tell_of, partial)
             collected = trajectories.collect(source, plan, real=real, partial=partial, threads=threads, progress=bar)
             if calibration is not None:
                 collected.save(calibration)
@@ -137,6 +143,7 @@ def quantize(
             keep_fp32=tuple(set(kept) - set(halves)), keep_fp16=halves, budget=budget, measure=measure, force=force,
             threads=threads, progress=bar,
         )  # fmt: skip
+        kept_for_later.pop_all()
     partial.unlink(missing_ok=True)
     facts = made.manifest["quantization"]
     for sentence in facts["timings"] or ["nothing measured on this machine (--no-measure)"]:
@@ -182,7 +189,7 @@ def compile_(
     from bar_edge.runtime.engines.cuda.device import host_sm
     from bar_edge.runtime.inspection import library_sentence
 
-    check_output(output, force=force)
+    check_output(output, force=force, sources=[bundle])
     if target == "cuda":
         if precision != "fp16" or batches or keep_onnx:
             raise RequestError("--target cuda takes fp16 and any batch, and makes no graphs: leave those options out")
@@ -194,7 +201,7 @@ def compile_(
     compiler = _need("bar_edge.export.compile", "compile")
     with _progress() as bar:
         made = compiler.compile_bundle(
-            _open(bundle, bar), output, target=target, precision=precision, batches=tuple(batches or (1,)),
+            _open(bundle, bar), output, target=target, precision=precision, batches=tuple(sorted(set(batches or (1,)))),
             host_sm=host_sm(), keep_onnx=keep_onnx, force=force, progress=bar,
         )  # fmt: skip
     facts = made.manifest["engines"]["tensorrt"]
@@ -214,7 +221,7 @@ def generate(
         list[str] | None, typer.Option("--class", help="Class number or, for 1000 classes, ImageNet name; repeat.")
     ] = None,
     unconditional: Annotated[bool, typer.Option("--unconditional", help="Images of no class.")] = False,
-    num: Annotated[int, typer.Option(min=1, help="Images per class.")] = 1,
+    num: Annotated[int, typer.Option(min=1, max=_MOST_IMAGES, help="Images per class.")] = 1,
     seed: Annotated[int, typer.Option(help="0 to 2**64-1; with the image's index it decides every bit.")] = 0,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; up to 1 turns guidance off.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
@@ -232,15 +239,13 @@ def generate(
     """
     from bar_edge.runtime.classes import class_name, parse_class
     from bar_edge.runtime.generator import Generator
+    from bar_edge.runtime.locks import locked
     from bar_edge.runtime.pictures import columns_for, contact_sheet, save_png
 
     if bool(classes) == unconditional:
         raise RequestError("give --class (several times if you like) or --unconditional, one of the two")
-    if output.exists() and not output.is_dir():
-        raise RequestError(f"{output}: is a file; choose a folder")
-    if output.is_dir() and any(output.iterdir()) and not force:
-        raise RequestError(f"{output}: has files already; choose an empty folder, or pass --force to write into it")
-    with _progress() as bar:
+    _check_pictures(output, force)
+    with _progress() as bar, ExitStack() as writing:
         verified = _open(bundle, bar)
         spec = verified.spec
         ids: list[int | None] = [None] if unconditional else [parse_class(text, spec) for text in classes or ()]
@@ -259,6 +264,8 @@ def generate(
                 ),
             )  # fmt: skip
             output.mkdir(parents=True, exist_ok=True)
+            writing.enter_context(locked(output))
+            _check_pictures(output, force)  # someone else may have been faster
             images, labels, files = [], [], []
             for drawn in stream:
                 name = class_name(drawn.class_id, spec)
@@ -271,8 +278,8 @@ def generate(
                     name if name == str(drawn.class_id) or drawn.class_id is None else f"{drawn.class_id} {name}"
                 )
                 files.append(str(file))
-    sheet = output / "sheet.png"
-    save_png(contact_sheet(images, labels, columns_for(len(images), num)), sheet, settings)
+        sheet = output / "sheet.png"
+        save_png(contact_sheet(images, labels, columns_for(len(images), num)), sheet, settings)
     if as_json:
         print(json.dumps({"images": files, "sheet": str(sheet), "settings": settings}))
         return
@@ -284,7 +291,7 @@ def generate(
 def sample(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the set; taken up again if it was begun.")],
-    num: Annotated[int, typer.Option(min=1, help="Images in all.")] = 50_000,
+    num: Annotated[int, typer.Option(min=1, max=_MOST_IMAGES, help="Images in all.")] = 50_000,
     classes: Annotated[
         str, typer.Option(help="balanced (image i is of class i mod C), or classes taken in turn, as 207,360.")
     ] = "balanced",
@@ -360,7 +367,7 @@ def verify(
     against: Annotated[Path | None, typer.Option("--against", help="The checkpoint it was exported from.")] = None,
     tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="The checkpoint's tokenizer.")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="The checkpoint's YAML.")] = None,
-    num: Annotated[int, typer.Option(min=1, help="Images to compare with the checkpoint.")] = 4,
+    num: Annotated[int, typer.Option(min=1, help="Images to compare with the checkpoint or the fp32 bundle.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of those images.")] = 0,
     reference: Annotated[
         Path | None, typer.Option("--reference", help="The fp32 bundle a quantized one was made from.")
@@ -381,6 +388,8 @@ def verify(
 
     if (against is None) != (tokenizer is None):
         raise RequestError("--against and --tokenizer go together: give both or neither")
+    if config is not None and against is None:
+        raise RequestError("--config is the checkpoint's: give --against and --tokenizer as well, or leave it out")
     with _progress() as bar, Generator(_open(bundle, bar), engine=engine, threads=threads) as runtime:
         if against is not None and "quantization" in runtime.bundle.manifest:
             raise RequestError(f"{bundle} is quantized: compare it with --reference FP32_BUNDLE instead of --against")
@@ -452,22 +461,29 @@ def bench(
         command.compare(paths, out)
         return
     plans = _need("bar_edge.benchmarks.plan", "bench")
-    command.check_output(output, force=force)
     if (baseline is None) != (tokenizer is None):
         raise RequestError("--baseline and --tokenizer go together: give both or neither")
+    if baseline is None and (form or config):
+        raise RequestError("--form and --config are of the PyTorch reference: give --baseline and --tokenizer as well")
     reference = None
     if baseline is not None:
         _need("torch", "export")
         reference = plans.Baseline(baseline, tokenizer, config, tuple(form or plans.DEFAULT_FORMS))
+        command.check_baseline(reference)
     with _progress() as bar:
         bundles = [_open(path, bar) for path in paths]
         plan = plans.Plan.of(
             bundles, baseline=reference, engines=engine or (), batch_sizes=batch_size or (1,), rounds=rounds,
             warmup=warmup, threads=threads, seed=seed, command=shlex.join(["bar-edge", *sys.argv[1:]]),
         )  # fmt: skip
+        command.check_output(output, force=force)
         report = command.measure(plan, output, bar)
     command.show(report, out)
-    out.print(f"{output / command.HTML}, {output / command.JSON} and the charts as PNGs")
+    out.print(f"{output / command.HTML}, {output / command.JSON} and the charts as PNGs", markup=False)
+    if missed := command.shortfalls(report, plan.engines):
+        for sentence in missed:
+            err.print(sentence, markup=False, highlight=False)
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -484,7 +500,7 @@ def doctor(as_json: AsJson = False) -> None:
         "engines": {
             state.name: {"usable": state.usable, "detail": state.detail} for state in map(engines.status, engines.NAMES)
         },
-        "extras": {name: _extra_state(modules) for name, modules in _EXTRAS.items()},
+        "extras": {name: _extra_state(name, modules) for name, modules in _EXTRAS.items()},
     }
     _show(facts, as_json)
 
@@ -570,7 +586,7 @@ class _Bar:
 
     def __init__(self) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal,
         )  # fmt: skip
         self._task = self._progress.add_task("", total=None)
@@ -616,6 +632,16 @@ def _planned(model: str, precisions: set[str]) -> tuple[Any, list[Any]]:
     return VARIANTS.get(bundle.variant), [workload.of_bundle(bundle.spec, bundle.recipe, places)]
 
 
+def _check_pictures(output: Path, force: bool) -> None:
+    """Raise RequestError for a folder that no images belong into."""
+    if output.exists() and not output.is_dir():
+        raise RequestError(f"{output}: is a file; choose a folder")
+    if (output / "manifest.json").exists():
+        raise RequestError(f"{output}: is a bundle, which images would spoil; choose another folder")
+    if output.is_dir() and any(output.iterdir()) and not force:
+        raise RequestError(f"{output}: has files already; choose an empty folder, or pass --force to write into it")
+
+
 def _need(module: str, extra: str) -> ModuleType:
     """Import a module of an optional part, or say what to install."""
     from importlib import import_module
@@ -628,11 +654,16 @@ def _need(module: str, extra: str) -> ModuleType:
         raise RequestError(f"this needs {error.name}; pip install 'bar-edge[{extra}]'") from error
 
 
-def _extra_state(modules: tuple[str, ...]) -> str:
+def _tell_of(partial: Path) -> None:
+    if partial.exists():
+        err.print(f"the ranges collected so far are in {partial}; the same command goes on from there", markup=False)
+
+
+def _extra_state(extra: str, modules: tuple[str, ...]) -> str:
     from importlib.util import find_spec
 
     missing = [name for name in modules if find_spec(name) is None]
-    return f"missing {', '.join(missing)}" if missing else "installed"
+    return f"missing {', '.join(missing)}; pip install 'bar-edge[{extra}]'" if missing else "installed"
 
 
 def _allocation(text: str | None) -> list[int] | None:
@@ -646,7 +677,7 @@ def _allocation(text: str | None) -> list[int] | None:
 
 def _show(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(facts, indent=1))
+        print(json.dumps(_finite(facts), indent=1))
         return
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
@@ -656,25 +687,38 @@ def _show(facts: dict[str, Any], as_json: bool) -> None:
     out.print(table)
 
 
+def _finite(value: Any) -> Any:
+    """With null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _rows(table: Table, key: str, value: Any) -> None:
     if isinstance(value, dict) and value:
         for i, (name, inner) in enumerate(value.items()):
-            shown = ", ".join(f"{k} {v}" for k, v in inner.items()) if isinstance(inner, dict) else _text(name, inner)
-            table.add_row(key if i == 0 else "", f"{name}: {shown}")
+            table.add_row(key if i == 0 else "", f"{name}: {_text(name, inner)}")
     elif isinstance(value, list) and value and isinstance(value[0], dict):
         for i, entry in enumerate(value):
-            table.add_row(key if i == 0 else "", ", ".join(f"{k} {v}" for k, v in entry.items()))
+            table.add_row(key if i == 0 else "", _text("", entry))
     else:
         table.add_row(key, _text(key, value))
 
 
 def _text(key: str, value: Any) -> str:
-    if "bytes" in key and isinstance(value, int):
-        return f"{value:,} ({value / 2**20:,.1f} MiB)"
+    if value is None or value in ({}, [], ()):
+        return "none"
+    if isinstance(value, dict):
+        parts = ((name, _text(name, inner), isinstance(inner, dict)) for name, inner in value.items())
+        return ", ".join(f"{name} ({text})" if nested else f"{name} {text}" for name, text, nested in parts)
+    if isinstance(value, list | tuple):
+        return ", ".join(f"({_text('', one)})" if isinstance(one, dict) else _text("", one) for one in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if "bytes" in key and isinstance(value, int):
+        return f"{value:,} ({value / 2**20:,.1f} MiB)"
     if isinstance(value, float):
         return f"{value:.3g}"
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
     return f"{value:,}" if isinstance(value, int) else str(value)

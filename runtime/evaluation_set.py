@@ -11,7 +11,6 @@ on the seed, its index and its class alone, and a shard is a fixed range of indi
 often, changes nothing. A shard's `.npy` appears last and whole, so a shard is either finished or not there.
 """
 
-import fcntl
 import os
 import shutil
 import zipfile
@@ -30,6 +29,7 @@ from bar_edge.runtime.classes import class_name
 from bar_edge.runtime.errors import RequestError
 from bar_edge.runtime.evaluation_settings import EvaluationSettings
 from bar_edge.runtime.generator import Generator
+from bar_edge.runtime.locks import locked
 from bar_edge.runtime.noise import SeededNoise
 from bar_edge.runtime.pictures import save_png
 from bar_edge.runtime.sampling import to_uint8
@@ -70,12 +70,13 @@ class EvaluationSet:
                 f"{path}: has files but no {SETTINGS}, so it is no evaluation set; choose another folder"
             )
         folder = cls(path, settings)
+        folder._check_whole()
         folder._check_disk()
         if not file.exists():
             path.mkdir(parents=True, exist_ok=True)
             partial.write_text(settings.to_json())
             _publish(partial, file)
-        with _locked(file):
+        with locked(path):
             folder._remove_partial()  # what a killed run left
             try:
                 yield folder
@@ -185,7 +186,7 @@ class EvaluationSet:
             "temperature": settings.temperature, "allocation": list(settings.allocation),
         }  # fmt: skip
         for index, class_id, image in zip(indices, settings.class_ids(indices).tolist(), pixels, strict=True):
-            name = f"{index:06d}.png"
+            name = _png(index)
             named = {"class_id": class_id, "class": class_name(class_id, generator.spec), "index": index}
             save_png(Image.fromarray(image), partial / name, text | named)
             _publish(partial / name, self.images / name)
@@ -225,6 +226,17 @@ class EvaluationSet:
                 f"{self.path}: was begun with {'; '.join(different)}; give the same options, or choose another folder"
             )
 
+    def _check_whole(self) -> None:
+        if not (self.complete and self.settings.png):
+            return
+        there = {entry.name for entry in self.images.iterdir()} if self.images.is_dir() else set()
+        missing = [index for index in range(self.settings.num) if _png(index) not in there]
+        if missing:
+            raise RequestError(
+                f"{self.path}: is finished, but {len(missing):,} of its images are gone, the first {_png(missing[0])}; "
+                f"delete {SAMPLES} and run the command again to draw them"
+            )
+
     def _check_disk(self) -> None:
         if self.complete:
             return
@@ -246,18 +258,8 @@ class EvaluationSet:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    with file.open("r+") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RequestError(
-                f"{file.parent}: another command is drawing this set; let it finish, or use --ray to share the work"
-            ) from error
-        except OSError:
-            pass  # a network file system without locks must not be the end of it
-        yield
+def _png(index: int) -> str:
+    return f"{index:06d}.png"
 
 
 def _publish(file: Path, target: Path) -> None:

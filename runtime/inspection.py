@@ -8,6 +8,7 @@ from typing import Any
 
 from bar_edge.runtime import weights
 from bar_edge.runtime.bundle import Bundle
+from bar_edge.runtime.errors import BundleError
 from bar_edge.runtime.spec import VARIANTS
 from bar_edge.runtime.weights import StoredTensor
 
@@ -76,10 +77,13 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
 
 
 def summarized(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What `describe_bundle` found, for people: a sentence for each engine that a compiled bundle is for."""
+    """What `describe_bundle` found, for people: a sentence for each engine that a compiled bundle is for.
+
+    Raises BundleError if the manifest's account of an engine is malformed.
+    """
     engines = facts["engines"]
     if isinstance(engines, Mapping):
-        engines = {name: engine_sentence(account) for name, account in engines.items()}
+        engines = {name: _sentence_of(name, account) for name, account in engines.items()}
     return {**facts, "engines": engines}
 
 
@@ -94,6 +98,15 @@ def engine_sentence(account: Mapping[str, Any]) -> str:
         return f"kernel family {account['family']}, {account['precision']}, layers {listed}"
     rows = ", ".join(str(profile["sizes"]["rows"]) for profile in account["profiles"])
     return f"{library_sentence(account)}, plans for {rows} rows"
+
+
+def _sentence_of(name: str, account: Mapping[str, Any]) -> str:
+    try:
+        return engine_sentence(account)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BundleError(
+            f"the account of {name} in the manifest is malformed ({error!r}); compile it again"
+        ) from error
 
 
 def library_sentence(account: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Which files an ONNX graph points to, read without handing the graph to a native parser.
+"""Which files an ONNX graph points to and what it calls itself, without handing it to a native parser.
 
 A walk over the protobuf wire format (https://protobuf.dev/programming-guides/encoding) along the few fields that can
 lead to a tensor's external data. A graph that is malformed here is refused before anything else looks at it.
@@ -18,12 +18,24 @@ _FIELDS: dict[str, dict[int, str]] = {
     "Sparse": {1: "Tensor", 2: "Tensor"},
     "Tensor": {13: "Entry"},
 }
+_GRAPH_OF_MODEL, _NAME_OF_GRAPH = 7, 2
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def external_locations(model: bytes) -> set[str]:
     """The `location` of every tensor stored outside the graph. Raises ValueError if the bytes are not a model."""
     return {entry["value"] for entry in _entries(memoryview(model), "Model", 0) if entry.get("key") == "location"}
+
+
+def graph_name(model: bytes) -> str:
+    """The name of a model's graph, empty if it has none. Raises ValueError if the bytes are not a model."""
+    graph = _last(memoryview(model), _GRAPH_OF_MODEL)
+    return bytes(_last(graph, _NAME_OF_GRAPH)).decode()
+
+
+def _last(data: memoryview, field: int) -> memoryview:
+    found = [value for number, value in _walk(data) if number == field and isinstance(value, memoryview)]
+    return found[-1] if found else memoryview(b"")
 
 
 def _entries(data: memoryview, message: str, depth: int) -> Iterator[dict[str, str]]:

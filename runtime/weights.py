@@ -7,6 +7,7 @@ model is never in memory twice; large tensors come first and the header is padde
 
 import json
 import math
+import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bar_edge.runtime.errors import BundleError
+from bar_edge.runtime.spec import ModelSpec
 
 FILE_NAME = "weights.safetensors"
 ALIGNMENT = 64
@@ -27,6 +29,11 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "I8": np.dtype(np.int8),
     "U8": np.dtype(np.uint8),
     "U16": np.dtype(np.uint16),
+}
+_REMEDY = "copy the bundle again, or export it again"
+_COUNTED = {  # fields of a model by a tensor that each of its layers has
+    "num_layers": re.compile(r"blocks\.\d+\.attn\.qk_norm\.weight"),
+    "head_layers": re.compile(r"lm_head\.transformer\.\d+\.mlp\.w3\.bias"),
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
@@ -117,6 +124,35 @@ def read_places(path: Path) -> dict[str, StoredTensor]:
     if expected != size:
         raise BundleError(f"{path}: its header describes {expected} bytes, the file has {size}")
     return places
+
+
+def check_sizes(path: Path, spec: ModelSpec) -> None:
+    """Raise BundleError unless the tensors that tell a model's sizes are those of `spec`.
+
+    Every bundle has the tables; the layers of a compiled one may be in its plans.
+    """
+    shapes = {name: place.shape for name, place in read_places(path).items()}
+    d, k = spec.hidden_size, spec.bits_per_token
+    expected: dict[str, tuple[int, ...]] = {
+        "symbol_embedding": (spec.num_classes + 6, d),
+        "bit_embedding": (k, d),
+        "pos_embed": (spec.prefix_length + spec.num_tokens, d),
+        "lm_head.bit_embedding": (2 * k, spec.head_width),
+    }
+    of_layers: dict[str, tuple[int, ...]] = {
+        "blocks.0.attn.qk_norm.weight": (2 * spec.num_heads, spec.head_dim),
+        "decoder.positional_embedding": (1 + spec.image_seq_len, *shapes.get("decoder.class_embedding", ())[1:]),
+        "decoder.ffn.0.bias": (3 * spec.decoder_patch_size**2,),
+    }
+    expected |= {name: shape for name, shape in of_layers.items() if name in shapes}
+    for name, shape in expected.items():
+        if (found := shapes.get(name)) != shape:
+            is_there = "missing" if found is None else f"of shape {list(found)}"
+            raise BundleError(f"{path}: {name} is {is_there}, the manifest's model needs {list(shape)}; {_REMEDY}")
+    for field, pattern in _COUNTED.items():
+        count, stated = sum(pattern.fullmatch(name) is not None for name in shapes), getattr(spec, field)
+        if count not in (0, stated):
+            raise BundleError(f"{path}: holds {count} layers, {field} of the manifest's model is {stated}; {_REMEDY}")
 
 
 def _place(entry: dict[str, Any], start: int) -> StoredTensor:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from bar_edge.runtime.bundle import compiled_already
 from bar_edge.runtime.errors import RequestError
 from bar_edge.runtime.inspection import linear_layers
 from bar_edge.runtime.spec import ModelSpec, Recipe, Variant
@@ -105,12 +106,15 @@ def of_variant(variant: Variant, precision: str) -> Workload:
 
 
 def of_bundle(spec: ModelSpec, recipe: Recipe, places: Mapping[str, StoredTensor]) -> Workload:
-    """A bundle, from where its weights lie."""
+    """A bundle, from where its weights lie. Raises RequestError for a compiled one, whose layers are not there."""
+    precisions = linear_layers(places)
+    if not precisions:
+        raise compiled_already("the bundle")
     lengths: dict[str, int] = defaultdict(int)
     for name, place in places.items():
         lengths[name.rpartition(".")[0]] += place.length
     layers = {}
-    for name, precision in linear_layers(places).items():
+    for name, precision in precisions.items():
         part = {FP32: "weight", INT8: "weight_int8", INT8_WEIGHT: "weight_blocks8", INT4_WEIGHT: "weight_blocks4"}
         values = math.prod(places[f"{name}.{part[precision]}"].shape)  # 4-bit values lie two in a byte
         weights = 2 * values if precision == INT4_WEIGHT else values

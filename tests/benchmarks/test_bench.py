@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from bar_edge.benchmarks import bench
+from bar_edge.benchmarks import bench, measure
 from bar_edge.benchmarks.plan import Baseline, Plan
 from bar_edge.runtime import engines
 from bar_edge.runtime.errors import RequestError
@@ -98,10 +98,29 @@ def test_without_pytorch_a_bundle_that_fails_its_record_is_not_timed(plan, other
 def test_an_engine_that_cannot_run_here_is_unavailable_with_its_reason(plan, monkeypatch):
     monkeypatch.setattr(engines, "status", lambda name: engines.Status(name, False, "no such device"))
     (entrant,) = plan.entrants()
-    assert entrant.unavailable == "no such device"
+    assert "onnxruntime: no such device" in entrant.unavailable
     report, _ = bench.run(plan, lambda what, done, total: None)
     (entry,) = report["contenders"]
-    assert (entry["state"], entry["reason"]) == ("unavailable", "no such device")
+    assert (entry["state"], entry["reason"]) == ("unavailable", entrant.unavailable)
+
+
+def test_what_a_bundle_was_made_for_is_told_before_the_state_of_a_driver(plan, monkeypatch):
+    monkeypatch.setattr(engines, "status", lambda name: engines.Status(name, False, "no driver"))
+    (entrant,) = replace(plan, engines=("cuda",)).entrants()
+    assert "was made for onnxruntime, not for cuda" in entrant.unavailable and "driver" not in entrant.unavailable
+
+
+def test_ctrl_c_while_contenders_load_ends_them(plan, monkeypatch):
+    started = []
+
+    def interrupted(self, question):
+        started.append(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure.Worker, "_ask", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(plan, lambda what, done, total: None)
+    assert len(started) == 1 and not started[0]._process.is_alive()
 
 
 def test_a_compiled_bundle_is_not_held_to_exact_bits_unless_it_computes_in_fp32(plan, small):

@@ -3,8 +3,11 @@
 import copy
 import json
 import re
+from dataclasses import replace
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from bar_edge.benchmarks import comparison
 from bar_edge.benchmarks.figures import summarize
@@ -74,3 +77,40 @@ def test_other_files_are_refused(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(RequestError, match=message):
         comparison.read(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda report: report.pop("contenders"), "has no 'contenders'"),
+        (lambda report: report.pop("machine"), "has no 'machine'"),
+        (lambda report: report["machine_best"]["bytes_per_second"].pop("samples"), "has no 'samples'"),
+        (lambda report: report["contenders"][0]["batches"][0]["image"].pop("p50"), "has no 'p50'"),
+        (lambda report: report["contenders"][0].pop("name"), "has no 'name'"),
+        (lambda report: report.update(contenders=5), "is damaged"),
+        (lambda report: report.update(versions=[]), "is damaged"),
+        (lambda report: report["contenders"].append([]), "is damaged"),
+        (lambda report: report["contenders"][0]["batches"][0]["image"].update(samples=["fast"]), "is damaged"),
+    ],
+)
+def test_reports_that_lack_what_is_compared_are_refused_by_name(measured, tmp_path, spoil, message):
+    report = copy.deepcopy(measured[0])
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report))
+    assert comparison.read(path) == report
+    spoil(report)
+    path.write_text(json.dumps(report))
+    with pytest.raises(RequestError, match=f"report.json: {message}"):
+        comparison.read(path)
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_names_figures_and_verdicts_are_shown_at_any_width(steady, width):
+    slower = scaled(steady, EXACT, 1.3)
+    moved = [replace(one, contender="c[/b], onnxruntime") for one in comparison.movements(steady, slower)]
+    console = Console(width=width, record=True, soft_wrap=True, file=StringIO())
+    console.print(comparison.table(moved))
+    words = console.export_text().split()
+    assert words.count("c[/b],") == words.count("onnxruntime") == len(moved)
+    assert words.count("slower") == 2 and words.count("1.300") >= 2  # at two batch sizes
+    assert not [word for word in words if "…" in word]

@@ -12,6 +12,13 @@ from bar_edge.benchmarks import measure
 from bar_edge.benchmarks.machine import machine, versions
 from bar_edge.benchmarks.measure import Contender, ContenderError, Worker, peak_rss_bytes, save, stamp
 
+ABANDON = """
+from bar_edge.benchmarks.measure import Contender, Worker
+if __name__ == "__main__":
+    running = Worker(Contender("event", "threading:Event"), threads=1)
+    running.begin("wait", 1)
+    running.stop()
+"""
 MACHINE = "bar_edge.benchmarks.contenders:Machine"
 
 
@@ -65,6 +72,27 @@ def test_a_call_that_began_is_not_waited_for():
 def test_a_contender_that_hangs_while_it_loads_is_killed_too():
     with pytest.raises(ContenderError, match="its process was killed"):
         Worker(Contender("hanging", "signal:pause"), threads=1, answer_seconds=0.2)
+
+
+def test_ctrl_c_does_not_keep_a_process_from_ending(monkeypatch):
+    running = Worker(Contender("event", "threading:Event"), threads=1)
+    running.begin("wait", 2)
+    join = running._process.join
+
+    def joined(timeout=None):
+        os.kill(os.getpid(), signal.SIGINT)
+        join(timeout)
+
+    monkeypatch.setattr(running._process, "join", joined)
+    running.stop()
+    join(60)
+    assert not running._process.is_alive()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_process_ends_silently_when_nobody_waits_for_its_answer(python):
+    done = python(ABANDON)
+    assert done.returncode == 0 and done.stderr == ""
 
 
 def test_libraries_are_told_the_number_of_threads():

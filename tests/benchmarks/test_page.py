@@ -55,6 +55,12 @@ def test_every_contender_chart_and_proof_is_on_the_page(measured, figures, text)
     assert len(re.findall("data:image/png", text)) == 7  # two of each that was timed, one of the one that failed
 
 
+def test_dollars_in_names_are_no_formulas(measured):
+    report = copy.deepcopy(measured[0])
+    report["contenders"][1]["name"] = r"a$\nowhere$"
+    assert charts.to_svg(charts.draw(report)["latency"]).startswith("<svg")
+
+
 def test_names_are_escaped(measured, figures):
     report = copy.deepcopy(measured[0])
     report["contenders"][1]["name"] = "<script>alert(1)</script>"

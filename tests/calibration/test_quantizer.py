@@ -13,9 +13,10 @@ from bar_edge.calibration import quantizer
 from bar_edge.calibration.probe import linear_layers
 from bar_edge.calibration.quantize import quantizable
 from bar_edge.calibration.quantizer import SENSITIVITY_PLOT, quantize_bundle, read_precisions, summary
+from bar_edge.export.prepack import prepack_bundle
 from bar_edge.runtime import selftest, weights
 from bar_edge.runtime.bundle import Bundle
-from bar_edge.runtime.errors import CalibrationError
+from bar_edge.runtime.errors import BundleError, CalibrationError, RequestError
 from bar_edge.runtime.generator import Generator
 
 STORED = {
@@ -313,6 +314,21 @@ def test_weights_that_are_not_numbers_are_refused_by_name(small, tmp_path, resea
     with pytest.raises(CalibrationError, match=r"decoder\.ffn\.0"):
         quantize_bundle(bundle, calibration, tmp_path / "quantized", precision="int8", measure=False, threads=1)
     assert [entry.name for entry in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_a_compiled_bundle_is_refused(small, tmp_path):
+    packed = prepack_bundle(small.bundle, tmp_path / "packed")
+    with pytest.raises(RequestError, match="is compiled already; use the bundle it was made from"):
+        quantizer.check_settings(packed, precision="int8", observer="mse", keep=(), budget=None)
+    with pytest.raises(RequestError, match="is compiled already"):
+        quantize_bundle(packed, small.calibration, tmp_path / "quantized", precision="int8")
+
+
+def test_what_it_is_made_of_is_never_replaced(small, tmp_path):
+    source = Bundle.open(shutil.copytree(small.bundle.path, tmp_path / "source"))
+    with pytest.raises(BundleError, match="which it is made of"):
+        quantize_bundle(source, small.calibration, source.path, precision="int8", force=True)
+    Bundle.open(source.path)
 
 
 def test_an_interruption_leaves_nothing_behind(quantize, tmp_path):

@@ -152,11 +152,42 @@ def test_unreadable_files_are_refused_by_name(tmp_path, name):
         read_state_dict(path)
 
 
-@pytest.mark.parametrize("name", ["absent.bin", "folder.bin"])
-def test_what_is_not_a_file_is_refused(tmp_path, name):
+@pytest.mark.parametrize(("name", "found"), [("absent.bin", "no such file"), ("folder.bin", "not a plain file")])
+def test_what_is_not_a_file_is_refused(tmp_path, name, found):
     (tmp_path / "folder.bin").mkdir()
-    with pytest.raises(CheckpointError, match="no such file"):
+    with pytest.raises(CheckpointError, match=rf"{name}: {found}"):
         read_state_dict(tmp_path / name)
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(torch, "load", forbidden)
+    with pytest.raises(CheckpointError, match=r"weights\.bin: cannot be read \(Permission denied\)"):
+        read_state_dict(save(SOME, tmp_path / "weights.bin"))
+
+
+ODD = {
+    "text": (b"hello world\n", "not a checkpoint of PyTorch"),
+    "YAML": (b"model:\n  generator: none\n", "not a checkpoint of PyTorch"),
+    "safetensors": (safetensors.torch.save(SOME), "not a checkpoint of PyTorch"),
+    "a late protocol": (pickle.dumps({"a": 1}, protocol=4), "not a checkpoint of PyTorch"),
+    "a call": (pickle.dumps({"a": os.getcwd}, protocol=2), "holds posix.getcwd, which was not loaded"),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ODD)
+def test_a_refusal_is_our_own_sentence_and_never_torchs_advice(tmp_path, kind):
+    content, found = ODD[kind]
+    path = tmp_path / "odd.bin"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        read_state_dict(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: {found}") and "a state dict of tensors alone is needed" in message
+    assert "weights_only" not in message and "\n" not in message
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.bool], ids=str)
@@ -378,6 +409,44 @@ def test_overrides_can_stand_in_for_the_yaml(golden):
 def test_a_malformed_override_is_refused_with_its_text(patch1, override):
     with pytest.raises(CheckpointError, match=f"override {override!r}".replace(".", r"\.")):
         read_config(patch1.config, [override])
+
+
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("model.generator.guidance_scal", "did you mean model.generator.guidance_scale?"),
+        ("generator.mbm_head.tokens_allocation", "did you mean model.generator.mbm_head.tokens_allocation?"),
+        ("foo.bar", "these are: model.generator.guidance_scale, "),
+        ("model.generator", "these are|did you mean"),
+    ],
+)
+def test_an_override_that_nobody_reads_is_refused_with_what_is(patch1, key, remedy):
+    with pytest.raises(CheckpointError, match=f"override '{key}=9': {key} is not read; ({remedy.replace('?', '[?]')})"):
+        read_config(patch1.config, [f"{key}=9"])
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("mbm_head.tokens_allocation=1,2,3", r"is '1,2,3' on the command line, expected a list .* as \[2,2,5,7\]"),
+        ("mbm_head.tokens_allocation=[1,2.5,3]", "on the command line, expected a list of whole numbers"),
+        ("mbm_head.randomize_temperature=hot", "is 'hot' on the command line, expected a number"),
+        ("guidance_scale=true", "is True on the command line, expected a number"),
+        ("hidden_size=9", "hidden_size is 9 on the command line, 64 in the tensors"),
+        ("mbm_head.tokens_allocation=[1,1]", "with what the command line overrides does not fit"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_told_where_it_came_from(patch1, override, sentence):
+    with pytest.raises(CheckpointError, match=sentence):
+        load_checkpoint(patch1.generator, patch1.tokenizer, patch1.config, [f"model.generator.{override}"])
+
+
+def test_a_malformed_recipe_of_the_yaml_is_told_to_be_there(tmp_path, patch1):
+    settings = read_config(patch1.config, ["model.generator.mbm_head.tokens_allocation=1,2,3"])
+    config = tmp_path / "other.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    with pytest.raises(CheckpointError, match="is '1,2,3' in the YAML, expected a list"):
+        load_checkpoint(patch1.generator, patch1.tokenizer, config)
 
 
 def test_an_override_whose_value_is_not_yaml_is_refused(patch1):

@@ -1,6 +1,10 @@
 """`bar-edge demo`, start to finish."""
 
+from contextlib import nullcontext
+
+import pytest
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 from bar_edge.export import demo
@@ -39,3 +43,9 @@ def test_the_demos_data_ship_with_the_package():
     with demo.data() as folder:
         names = {entry.name for entry in folder.iterdir()}
     assert {"generator.bin", "tokenizer.bin", "config.yaml", "reference_samples.npz"} <= names
+
+
+def test_a_file_is_no_folder_for_the_demo(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RequestError, match="is a file; choose a folder"):
+        demo.run(tmp_path / "file", force=True, console=Console(), progress=nullcontext)

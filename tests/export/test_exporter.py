@@ -118,6 +118,34 @@ def test_nan_weights_are_refused_by_name_and_leave_nothing(patch1, tmp_path, out
     assert left_behind(output) == []
 
 
+@pytest.mark.parametrize("name", ["blocks.2.mlp.w12.weight", "lm_head.output_embed.weight"])
+def test_a_generator_that_overflows_is_refused_in_one_sentence(patch1, tmp_path, output, name):
+    """Its weights are finite, and ONNX Runtime and PyTorch draw the same bits from NaN."""
+    tensors = dict(patch1.checkpoint.generator)
+    tensors[name] = (tensors[name].sign() + 0.5) * 1e38
+    torch.save(tensors, tmp_path / "large.bin")
+    with pytest.raises(CheckpointError, match=r"NaN or infinite in \d+ of 32 tokens: .* overflow in float32"):
+        export_bundle(tmp_path / "large.bin", patch1.tokenizer, patch1.config, output)
+    assert left_behind(output) == []
+
+
+def test_a_decoder_that_overflows_is_refused_in_one_sentence(patch1, tmp_path, output):
+    tensors = dict(patch1.checkpoint.tokenizer)
+    tensors["decoder.ffn.0.weight"] = (tensors["decoder.ffn.0.weight"].sign() + 0.5) * 1e38
+    torch.save(tensors, tmp_path / "large.bin")
+    with pytest.raises(CheckpointError, match=r"NaN or infinite pixels: .* overflow in float32"):
+        export_bundle(patch1.generator, tmp_path / "large.bin", patch1.config, output)
+    assert left_behind(output) == []
+
+
+def test_a_checkpoint_is_not_replaced_by_its_bundle(patch1, bundle_copy):
+    generator = bundle_copy / "generator.bin"
+    generator.write_bytes(patch1.generator.read_bytes())
+    with pytest.raises(BundleError, match="which it is made of"):
+        export_bundle(generator, patch1.tokenizer, patch1.config, bundle_copy, force=True)
+    assert generator.is_file()
+
+
 def test_a_checkpoint_that_does_not_fit_its_tokenizer_leaves_nothing(patch1, data, output):
     with pytest.raises(CheckpointError, match="Use the tokenizer the generator was trained with"):
         export_bundle(patch1.generator, data / "golden" / "decoder_10bit_clip" / "tokenizer.bin", patch1.config, output)

@@ -72,3 +72,8 @@ def test_a_broken_graph_is_refused_in_one_line(tmp_path, content):
     with pytest.raises(CheckpointError, match=r"broken\.onnx: not a readable ONNX graph") as caught:
         describe_file(path)
     assert "\n" not in str(caught.value)
+
+
+def test_the_weights_of_a_bundle_are_not_taken_for_a_checkpoint(patch1):
+    with pytest.raises(CheckpointError, match="holds the weights of a bundle; inspect its folder"):
+        describe_file(patch1.bundle.path / "weights.safetensors")

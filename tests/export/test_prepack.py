@@ -142,6 +142,12 @@ def test_what_is_compiled_is_not_compiled_again(patch1, packed, tmp_path):
         prepack_bundle(packed(patch1.bundle)[0], tmp_path / "out")
 
 
+def test_what_it_is_made_of_is_never_replaced(bundle_copy):
+    with pytest.raises(BundleError, match="which it is made of"):
+        prepack_bundle(Bundle.open(bundle_copy), bundle_copy, force=True)
+    Bundle.open(bundle_copy)
+
+
 def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
 

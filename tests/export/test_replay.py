@@ -51,6 +51,30 @@ def test_only_a_difference_at_a_tie_is_explained():
     assert found.images_with_ties == 2
 
 
+def test_what_the_reference_cannot_tell_is_not_explained():
+    """NaN is neither far from a tie nor near one; bits may even be equal."""
+    margins = np.array([[np.nan, np.nan, 1]], dtype=np.float32)
+    assert Replay(np.array([[1, 0, 0]]), margins, np.empty((1, 3, 1), dtype=np.float32)).unexplained == 2
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_give_no_margin(patch1, read_sampling, monkeypatch, value):
+    recorded = patch1.recorded("sample_cfg")
+    recipe, noise = read_sampling(recorded)
+    head = patch1.reference.lm_head.forward
+
+    def overflowing(ids, latent, ratio):
+        logits = head(ids, latent, ratio)
+        logits[3, 0, 1] = value  # the fourth token of the image, in its conditional row
+        return logits
+
+    monkeypatch.setattr(patch1.reference.lm_head, "forward", overflowing)
+    found = replay(patch1.reference, recorded["ids"], recorded["class_ids"].tolist(), recipe, noise)
+    assert np.isnan(found.margins[:, 3]).all()
+    assert not np.isnan(np.delete(found.margins, 3, axis=1)).any()
+    assert found.unexplained == len(found.margins)
+
+
 @pytest.mark.parametrize("kind", ["cond", "uncond"])
 @torch.inference_mode()
 def test_teacher_forced_latents_in_raster_order(golden, kind):

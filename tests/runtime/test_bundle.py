@@ -12,10 +12,13 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
+from bar_edge.export.prepack import prepack_bundle
 from bar_edge.runtime import bundle as bundle_module
-from bar_edge.runtime.bundle import MANIFEST, Bundle, publish, write_manifest
+from bar_edge.runtime import engines
+from bar_edge.runtime.bundle import MANIFEST, SELFTEST, Bundle, check_output, publish, write_manifest
 from bar_edge.runtime.errors import BundleError, CompatibilityError
 from bar_edge.runtime.generator import Generator
+from bar_edge.runtime.manifest import COMPILED_FOR
 
 
 @pytest.fixture(autouse=True)
@@ -116,26 +119,48 @@ def test_a_link_is_refused_even_to_the_same_content(bundle_copy, parsed, name):
     outside = bundle_copy.with_name("outside")
     (bundle_copy / name).rename(outside)
     (bundle_copy / name).symlink_to(outside)
-    assert f"{name}: a link or not a plain file" in refused(bundle_copy, parsed)
+    assert f"{name}: is a link, and a bundle holds only plain files; copy its folder with" in refused(
+        bundle_copy, parsed
+    )
 
 
 def test_a_folder_in_the_place_of_a_file_is_refused(bundle_copy, parsed):
     (bundle_copy / "decode.onnx").unlink()
     (bundle_copy / "decode.onnx").mkdir()
-    assert "decode.onnx: a link or not a plain file" in refused(bundle_copy, parsed)
+    assert "decode.onnx: not a plain file" in refused(bundle_copy, parsed)
 
 
 def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(bundle_copy, parsed):
     (bundle_copy / "decode.onnx").unlink()
     os.mkfifo(bundle_copy / "decode.onnx")
-    assert "decode.onnx: a link or not a plain file" in refused(bundle_copy, parsed)
+    assert "decode.onnx: not a plain file" in refused(bundle_copy, parsed)
 
 
 def test_a_linked_manifest_is_refused(bundle_copy, parsed):
     outside = bundle_copy.with_name("outside.json")
     (bundle_copy / MANIFEST).rename(outside)
     (bundle_copy / MANIFEST).symlink_to(outside)
-    assert "has no manifest.json" in refused(bundle_copy, parsed)
+    assert "manifest.json: is a link, and a bundle holds only plain files" in refused(bundle_copy, parsed)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "decode.onnx", "weights.safetensors"])
+def test_a_file_that_cannot_be_read_is_refused_by_name(bundle_copy, parsed, monkeypatch, name):
+    opened = Path.open
+
+    def forbidden(self, *args, **kwargs):
+        if self.name == name:
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    assert refused(bundle_copy, parsed) == f"{bundle_copy / name}: cannot be read (Permission denied)"
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", SELFTEST])
+def test_a_bundle_without_what_all_have_is_refused(bundle_copy, parsed, reseal, name):
+    (bundle_copy / name).unlink()
+    reseal(bundle_copy)
+    assert f"manifest.json: lists no {name}, which every bundle has" in refused(bundle_copy, parsed)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +205,14 @@ def test_a_graph_cannot_hide_behind_another_suffix(bundle_copy, parsed, reseal, 
     reseal(bundle_copy)
     edit_manifest(bundle_copy, lambda m: m["graphs"]["decode"].update(file=name))
     assert name in refused(bundle_copy, parsed)
+
+
+def test_graphs_that_changed_places_are_refused(bundle_copy, parsed, reseal):
+    (bundle_copy / "decode.onnx").rename(bundle_copy / "other")
+    (bundle_copy / "prefix.onnx").rename(bundle_copy / "decode.onnx")
+    (bundle_copy / "other").rename(bundle_copy / "prefix.onnx")
+    reseal(bundle_copy)
+    assert "decode.onnx: holds the graph 'prefix', the manifest says decode" in refused(bundle_copy, parsed)
 
 
 def test_a_graph_that_is_no_protobuf_is_refused(bundle_copy, parsed, reseal):
@@ -235,6 +268,15 @@ CHANGES = {
     "guidance that is text": lambda m: m["recipe"].update(guidance="high"),
     "an allocation that is a number": lambda m: m["recipe"].update(allocation=4),
     "an allocation that is infinite": lambda m: m["recipe"].update(allocation=[float("inf")]),
+    "an allocation of other bits": lambda m: m["recipe"].update(allocation=[1, 2]),
+    "guidance that is not a number": lambda m: m["recipe"].update(guidance=float("nan")),
+    "a variant that is a list": lambda m: m.update(variant=["x"]),
+    "no provenance": lambda m: m.pop("provenance"),
+    "quantization that is text": lambda m: m.update(quantization="x"),
+    "engines that are text": lambda m: m.update(engines="cuda"),
+    "engines of none": lambda m: m.update(engines={}),
+    "an engine that is text": lambda m: m.update(engines={"cuda": "x"}),
+    "a graph without precision": lambda m: m["graphs"]["decode"].pop("precision"),
 }
 
 
@@ -242,6 +284,47 @@ CHANGES = {
 def test_a_malformed_manifest_is_refused(bundle_copy, parsed, edit_manifest, change):
     edit_manifest(bundle_copy, CHANGES[change])
     assert "manifest.json: incomplete or malformed" in refused(bundle_copy, parsed)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"variant": ["x"]}, r"variant is \['x'\], expected text or null"),
+        ({"files": {"decode.onnx": {"bytes": "3"}}}, r"files\.decode\.onnx\.bytes is '3', expected a whole number"),
+    ],
+)
+def test_the_field_that_is_malformed_is_named(bundle_copy, edit_manifest, change, sentence):
+    edit_manifest(bundle_copy, lambda m: m.update(change))
+    with pytest.raises(BundleError, match=sentence):
+        Bundle.open(bundle_copy)
+
+
+def test_an_unknown_engine_is_a_compatibility_error(bundle_copy, parsed, edit_manifest):
+    edit_manifest(bundle_copy, lambda m: m.update(engines={"foo": {}}))
+    assert "was compiled for foo, this version knows tensorrt, cuda" in refused(bundle_copy, parsed, CompatibilityError)
+
+
+def test_every_engine_but_onnxruntime_is_compiled_for():
+    assert {*COMPILED_FOR, "onnxruntime"} == set(engines.NAMES)
+
+
+SIZES = {
+    "hidden_size": 128, "num_layers": 4, "num_heads": 8, "image_seq_len": 64, "num_classes": 1000,
+    "repeat_class_condition": 16, "head_width": 64, "head_layers": 3, "decoder_patch_size": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", SIZES)
+@pytest.mark.parametrize("kind", ["exported", "for cuda"])
+def test_sizes_that_are_not_those_of_the_weights_are_refused(patch1, tmp_path, parsed, edit_manifest, field, kind):
+    if kind == "exported":
+        folder = Path(shutil.copytree(patch1.bundle.path, tmp_path / "bundle"))
+    else:
+        folder = prepack_bundle(patch1.bundle, tmp_path / "bundle").path
+    assert getattr(patch1.spec, field) != SIZES[field]
+    edit_manifest(folder, lambda m: m["model"].update({field: SIZES[field]}))
+    with pytest.raises(BundleError, match=r"weights\.safetensors: .* the manifest's model"):
+        Bundle.open(folder)
 
 
 def test_what_is_no_bundle_is_refused_and_says_how_to_make_one(tmp_path, patch1, parsed):
@@ -263,6 +346,8 @@ def test_what_is_no_bundle_is_refused_and_says_how_to_make_one(tmp_path, patch1,
 
 def fill(folder: Path, patch1, text: str = "content") -> None:
     (folder / "data.bin").write_text(text)
+    for name in ("weights.safetensors", SELFTEST):
+        shutil.copyfile(patch1.bundle.path / name, folder / name)
     write_manifest(
         folder, spec=patch1.spec, recipe=patch1.checkpoint.recipe, variant=None, graphs={}, provenance={}
     )  # fmt: skip
@@ -315,7 +400,7 @@ def test_force_replaces_a_bundle_completely(tmp_path, patch1):
             if text == "old":
                 (folder / "surplus").write_text("gone later")
                 fill(folder, patch1, text)
-    assert names(output) == ["data.bin", MANIFEST]
+    assert names(output) == ["data.bin", MANIFEST, SELFTEST, "weights.safetensors"]
     assert (output / "data.bin").read_text() == "new"
     assert names(tmp_path) == ["bundle"]
 
@@ -416,6 +501,81 @@ def test_an_error_while_writing_is_one_sentence_and_leaves_nothing(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_an_error_while_reading_names_what_cannot_be_read(tmp_path):
+    absent = tmp_path / "bundle2" / "selftest.npz"  # beside the output, and its name begins alike
+    with pytest.raises(BundleError) as caught, publish(tmp_path / "bundle", 0, force=False) as folder:
+        shutil.copyfile(absent, folder / "selftest.npz")
+    assert (
+        str(caught.value) == f"{absent}: cannot be read or written (No such file or directory); nothing was left behind"
+    )
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("spelling", ["bundle", "./bundle/", "bundle/../bundle", "bundle/inside", "by link/inside", ""])
+@pytest.mark.parametrize("force", [False, True])
+def test_what_a_bundle_is_made_of_is_never_its_output(bundle_copy, monkeypatch, spelling, force):
+    monkeypatch.chdir(bundle_copy.parent)
+    (bundle_copy.parent / "by link").symlink_to(bundle_copy)
+    output = Path(spelling) if spelling else bundle_copy.resolve()
+    with pytest.raises(BundleError, match="which it is made of; choose another folder"), publish(
+        output, 0, force=force, sources=[bundle_copy]
+    ):  # fmt: skip
+        raise AssertionError("not reached")
+    Bundle.open(bundle_copy)
+
+
+def test_an_output_that_holds_what_it_is_made_of_is_refused(bundle_copy):
+    source = bundle_copy / "checkpoint.bin"
+    source.write_text("mine")
+    with pytest.raises(BundleError, match="which it is made of"):
+        check_output(bundle_copy, force=True, sources=[source])
+    check_output(bundle_copy.with_name("bundle2"), force=False, sources=[bundle_copy, source])
+
+
+def test_of_two_at_once_the_slower_one_is_refused(tmp_path, patch1):
+    output = tmp_path / "bundle"
+    with pytest.raises(BundleError, match="exists already"), publish(output, 0, force=False) as slower:
+        fill(slower, patch1, "slower")
+        with publish(output, 0, force=False) as faster:
+            fill(faster, patch1, "faster")
+    assert (output / "data.bin").read_text() == "faster"
+    assert names(tmp_path) == ["bundle"]
+
+
+def as_anyone_but_root(monkeypatch) -> None:
+    """In a read-only folder nothing can be removed."""
+    rmtree = shutil.rmtree
+
+    def remove(path, ignore_errors=False):
+        if Path(path).exists() and not Path(path).stat().st_mode & 0o200:
+            if ignore_errors:
+                return
+            raise PermissionError(13, "Permission denied", str(path))
+        rmtree(path, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", remove)
+
+
+def test_force_replaces_a_read_only_bundle_completely(tmp_path, bundle_copy, patch1, monkeypatch):
+    as_anyone_but_root(monkeypatch)
+    bundle_copy.chmod(0o555)
+    with publish(bundle_copy, 0, force=True) as folder:
+        fill(folder, patch1)
+    assert (bundle_copy / "data.bin").is_file()
+    assert names(tmp_path) == ["bundle"]
+
+
+def test_what_remains_of_a_replaced_bundle_is_named(tmp_path, bundle_copy, patch1, monkeypatch):
+    as_anyone_but_root(monkeypatch)
+    bundle_copy.chmod(0o555)
+    monkeypatch.setattr(Path, "chmod", lambda self, mode: None)
+    with pytest.raises(BundleError) as caught, publish(bundle_copy, 0, force=True) as folder:
+        fill(folder, patch1)
+    (left,) = tmp_path.glob(".bundle.*.old")
+    assert str(left) in str(caught.value) and "remove that by hand" in str(caught.value)
+    assert (bundle_copy / "data.bin").is_file()
+
+
 def test_an_output_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(BundleError, match="cannot be written to"), publish(
@@ -432,7 +592,7 @@ def test_files_and_folders_are_synced_before_the_bundle_gets_its_name(tmp_path, 
     with publish(output, 0, force=False) as folder:
         fill(folder, patch1)
     at = events.index("renamed")
-    assert {"data.bin", MANIFEST, folder.name} == set(events[:at])
+    assert {"data.bin", MANIFEST, SELFTEST, "weights.safetensors", folder.name} == set(events[:at])
     assert events[at + 1 :] == [tmp_path.name]
 
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from typer.testing import CliRunner
 
 from bar_edge.benchmarks.random_checkpoint import random_generator, random_tokenizer, write_checkpoint
 from bar_edge.export.exporter import export_bundle
+from bar_edge.runtime import locks, selftest
 from bar_edge.runtime.bundle import MANIFEST, SELFTEST, Bundle
 from bar_edge.runtime.cli import app
 from bar_edge.runtime.errors import BarEdgeError, BundleError, RequestError
+from bar_edge.runtime.locks import locked
 from bar_edge.runtime.pictures import read_settings
 from bar_edge.runtime.spec import ModelSpec, Recipe
 
@@ -150,6 +153,30 @@ def test_generate_writes_into_a_folder_with_files_only_with_force(patch1, tmp_pa
     assert names(tmp_path) == ["mine.txt"]
     assert run(*arguments, "--force").exit_code == 0
     assert names(tmp_path) == ["00000.png", "mine.txt", "sheet.png"]
+
+
+def test_images_are_not_written_into_a_bundle(patch1, bundle_copy):
+    with pytest.raises(RequestError, match="is a bundle, which images would spoil"):
+        run("generate", patch1.bundle.path, "--class", 1, "-o", bundle_copy, "--force")
+    Bundle.open(bundle_copy)
+
+
+def test_two_commands_do_not_draw_into_one_folder(patch1, tmp_path):
+    with locked(tmp_path), pytest.raises(RequestError, match="another command is writing into it; let it finish"):
+        run("generate", patch1.bundle.path, "--class", 1, "-o", tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert run("generate", patch1.bundle.path, "--class", 1, "-o", tmp_path).exit_code == 0
+
+
+def test_who_comes_second_to_an_empty_folder_finds_it_full(patch1, tmp_path, monkeypatch):
+    @contextmanager
+    def waits(folder):
+        (folder / "00000.png").touch()  # of whom it has waited for
+        yield
+
+    monkeypatch.setattr(locks, "locked", waits)
+    with pytest.raises(RequestError, match="has files already"):
+        run("generate", patch1.bundle.path, "--class", 1, "-o", tmp_path)
 
 
 def test_generate_uses_an_empty_folder(patch1, tmp_path):
@@ -286,6 +313,19 @@ def test_verify_refuses_the_checkpoint_of_another_model(patch1, cases):
         )  # fmt: skip
 
 
+def test_verify_refuses_the_yaml_of_no_checkpoint(patch1):
+    with pytest.raises(RequestError, match="--config is the checkpoint's"):
+        run("verify", patch1.bundle.path, "--config", patch1.config)
+
+
+def test_a_number_that_json_has_not_is_null(patch1, monkeypatch):
+    found = selftest.SelfTest("onnxruntime", False, 0, 96, None, float("nan"), None, 0, 0.0, "latents differ")
+    monkeypatch.setattr(selftest, "run", lambda runtime: found)
+    done = run("verify", patch1.bundle.path, "--json")
+    assert done.exit_code == 1 and json.loads(done.stdout)["selftest"]["latent_error"] is None
+    assert "NaN" not in done.stdout
+
+
 # -- doctor and help ---------------------------------------------------------------------------------------------------
 
 
@@ -303,7 +343,7 @@ def test_doctor_works_where_nothing_is_installed(python):
     facts = json.loads(done.stdout)
     assert not facts["engines"]["onnxruntime"]["usable"]
     assert "pip install onnxruntime" in facts["engines"]["onnxruntime"]["detail"]
-    assert facts["extras"]["export"] == "missing torch, onnx"
+    assert facts["extras"]["export"] == "missing torch, onnx; pip install 'bar-edge[export]'"
 
 
 @pytest.mark.parametrize("verb", ["export", "generate", "inspect", "verify", "doctor", "demo"])

@@ -162,4 +162,4 @@ def test_doctor_lists_tensorrt_and_why_it_is_unusable():
     assert facts["engines"]["tensorrt"]["usable"] is False
     assert re.search("no NVIDIA driver.*; install", facts["engines"]["tensorrt"]["detail"])
     assert facts["engines"]["onnxruntime"]["usable"] and facts["extras"]["compile"] == "installed"
-    assert "tensorrt: usable False" in " ".join(run("doctor").stdout.split())
+    assert "tensorrt: usable no" in " ".join(run("doctor").stdout.split())

@@ -230,6 +230,14 @@ def test_verify_of_a_bundle_beside_itself_prints_json_that_others_can_read(small
     assert facts["teacher_forced"]["flips"] == 0 and facts["paired_images"]["identical_images"] == 1
 
 
+def test_verify_refuses_what_a_bundle_was_not_made_from(small):
+    """Shapes and recipe are the same, so figures would come out, of two models."""
+    bundle, other = small.quantized("int8").path, small.quantized("int8-weight").path
+    for pair in ((bundle, other), (small.bundle.path, bundle)):
+        with pytest.raises(CalibrationError, match="was not quantized from"):
+            run("verify", pair[0], "--reference", pair[1], "--threads", 1)
+
+
 def test_verify_refuses_another_models_fp32_and_a_checkpoint(small, patch1):
     bundle = small.quantized("int8").path
     with pytest.raises(CalibrationError, match="are different models"):

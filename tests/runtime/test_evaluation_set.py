@@ -314,10 +314,26 @@ def test_a_folder_with_other_files_is_refused(settings, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_a_finished_set_whose_images_were_deleted_is_not_called_finished(settings, tmp_path):
+    with EvaluationSet.begin(tmp_path / "set", settings) as folder:
+        folder.images.mkdir()
+        for index in range(settings.num):
+            (folder.images / f"{index:06d}.png").touch()
+        folder.samples.touch()
+    with EvaluationSet.begin(tmp_path / "set", settings):
+        pass
+    (folder.images / "000002.png").unlink()
+    with (
+        pytest.raises(RequestError, match=r"1 of its images are gone, the first 000002\.png; delete samples\.npz"),
+        EvaluationSet.begin(tmp_path / "set", settings),
+    ):
+        pass
+
+
 def test_two_commands_on_one_folder_are_refused(settings, tmp_path):
     with (
         EvaluationSet.begin(tmp_path / "set", settings),
-        pytest.raises(RequestError, match="another command is drawing this set"),
+        pytest.raises(RequestError, match="another command is writing into it"),
         EvaluationSet.begin(tmp_path / "set", settings),
     ):
         pass

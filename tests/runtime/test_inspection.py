@@ -4,6 +4,7 @@ import pytest
 
 from bar_edge.export.prepack import prepack_bundle
 from bar_edge.runtime import weights
+from bar_edge.runtime.errors import BundleError
 from bar_edge.runtime.inspection import bytes_per_token, describe_bundle, summarized
 
 
@@ -44,6 +45,14 @@ def test_for_people_plans_are_told_by_their_rows(patch1):
     }  # fmt: skip
     facts = describe_bundle(patch1.bundle) | {"engines": {"tensorrt": plans}}
     assert summarized(facts)["engines"] == {"tensorrt": "tensorrt_rtx 1.7.1, SM 8.0, 12.0, fp16, plans for 2, 16 rows"}
+
+
+@pytest.mark.parametrize("account", [{}, {"layers": {"a": 3}}, {"layers": []}, {"profiles": 1, "sms": []}])
+@pytest.mark.parametrize("name", ["cuda", "tensorrt"])
+def test_a_malformed_account_of_an_engine_is_a_bundle_error(patch1, name, account):
+    facts = describe_bundle(patch1.bundle) | {"engines": {name: account}}
+    with pytest.raises(BundleError, match=f"the account of {name} in the manifest is malformed"):
+        summarized(facts)
 
 
 def test_a_bundle_that_is_not_compiled_names_its_engines(patch1):

@@ -5,7 +5,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from bar_edge.runtime.onnx_locations import external_locations
+from bar_edge.runtime.onnx_locations import external_locations, graph_name
 
 
 def external(name: str, location: str) -> TensorProto:
@@ -210,3 +210,10 @@ def test_flipped_bytes_are_refused_or_read_but_never_a_crash(patch1):
             external_locations(bytes(damaged))
         except ValueError:
             continue
+
+
+def test_the_graph_tells_its_name():
+    assert graph_name(model_with(graph_with(name="decode")).SerializeToString()) == "decode"
+    assert graph_name(onnx.ModelProto(producer_name="nobody").SerializeToString()) == ""
+    with pytest.raises(ValueError, match="cut short"):
+        graph_name(model_with().SerializeToString()[:-1])

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bar_edge.calibration import quantize
+from bar_edge.export.prepack import prepack_bundle
 from bar_edge.runtime import weights, workload
 from bar_edge.runtime.cli import app
 from bar_edge.runtime.devices import DEVICES, Device, device_of, find_device
@@ -93,6 +94,15 @@ def test_a_quantized_bundle_counts_the_weights_of_the_fp32_one(small, precision)
         assert sum(layer.outputs for layer in first) == sum(layer.outputs for layer in second)
     assert after.bytes_per_token < before.bytes_per_token
     assert after.stored_bytes == sum(place.length for place in places[1].values())
+
+
+@pytest.mark.parametrize("kind", ["chunks", "tables alone"])
+def test_a_compiled_bundle_is_refused_with_the_remedy(patch1, tmp_path, kind):
+    places = weights.read_places(prepack_bundle(patch1.bundle, tmp_path / "packed").path / weights.FILE_NAME)
+    if kind == "tables alone":  # as beside the plans of TensorRT
+        places = {name: place for name, place in places.items() if "embed" in name and "." not in name}
+    with pytest.raises(RequestError, match="is compiled already; use the bundle it was made from"):
+        workload.of_bundle(patch1.spec, patch1.bundle.recipe, places)
 
 
 def test_weight_only_variants_are_static_int8_where_there_are_many_rows():

@@ -136,7 +136,6 @@ FILES = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:200]),
     "a single array": a_single_array,
     "a pickle": lambda path: np.savez(path, seed=np.array({"code": "object"}, dtype=object)),
-    "absent": lambda path: path.unlink(),
 }
 
 

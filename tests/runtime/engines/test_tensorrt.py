@@ -473,7 +473,7 @@ def profile(change):
 
 
 MALFORMED = {
-    "no account": lambda accounts: accounts.update(tensorrt=None),
+    "no account": lambda accounts: accounts.update(tensorrt={}),
     "no profiles": unset("profiles"),
     "profiles of no list": put("profiles", 7),
     "profile of nothing": put("profiles", [None]),
