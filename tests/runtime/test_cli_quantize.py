@@ -132,7 +132,7 @@ EARLY = {
     "an unknown layer": (("--keep", "blocks.77.attn.qkv"), r"unknown layers blocks\.77\.attn\.qkv"),
     "a negative budget": (("--budget", "-0.5"), "budget"),
     "a budget that is no number": (("--budget", "nan"), "budget"),
-    "an existing output": (("-o", "{bundle}"), "exists already"),
+    "its own source as output": (("-o", "{bundle}"), "which it is made of"),
     "no data": (("--data", "{new}"), "has no folder `train`"),
 }
 
