@@ -619,6 +619,7 @@ def _open(path: Path, bar: _Bar) -> Any:
 def _planned(model: str, precisions: set[str]) -> tuple[Any, list[Any]]:
     """The published variant that `model` is, if any, and its workloads: one a precision, or a bundle's own."""
     from bar_edge.runtime import weights, workload
+    from bar_edge.runtime.bundle import check_not_compiled
     from bar_edge.runtime.spec import VARIANTS
 
     if model in VARIANTS:
@@ -628,6 +629,7 @@ def _planned(model: str, precisions: set[str]) -> tuple[Any, list[Any]]:
         raise RequestError(f"{model}: neither a bundle folder nor a published variant ({', '.join(VARIANTS)})")
     with _progress() as bar:
         bundle = _open(Path(model), bar)
+    check_not_compiled(bundle)
     places = weights.read_places(bundle.path / weights.FILE_NAME)
     return VARIANTS.get(bundle.variant), [workload.of_bundle(bundle.spec, bundle.recipe, places)]
 

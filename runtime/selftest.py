@@ -84,9 +84,11 @@ class Record:
         }
         try:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
-                found = {name: stored[name] for name in shapes}
+                found = {name: stored[name] for name in shapes if name in stored}
         except Exception as error:  # numpy and zipfile raise a dozen kinds for damaged files
             raise BundleError(f"{path}: not a readable self-test ({error!r}); export the bundle again") from error
+        if missing := [name for name in shapes if name not in found]:
+            raise BundleError(f"{path}: holds no {missing[0]}; another version made it: export the bundle again")
         for name, (dtype, shape) in shapes.items():
             if found[name].dtype != dtype or found[name].shape != shape:
                 raise BundleError(f"{path}: {name} is {found[name].dtype} {list(found[name].shape)}, expected "
