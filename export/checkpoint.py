@@ -6,22 +6,21 @@ which is safe from torch 2.10 on (earlier releases had remote code execution and
 shapes are those of docs/model.md section 1; nothing is computed here.
 """
 
-import difflib
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-import yaml
 from packaging.version import Version
 
-from bar_edge.runtime.errors import CheckpointError, RequestError
-from bar_edge.runtime.spec import DECODER_HEADS, VARIANTS, ModelSpec, Recipe, find_variant
+from bar_edge.export.settings import check_config, choose_recipe, first_line, listing, read_config
+from bar_edge.runtime.errors import CheckpointError
+from bar_edge.runtime.spec import DECODER_HEADS, ModelSpec, Recipe, find_variant
 
 Tensors = dict[str, torch.Tensor]
 
@@ -30,28 +29,6 @@ _NESTING_KEYS = ("model", "state_dict", "ema")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _MINIMUM_TORCH = Version("2.10")
 _EXPECTED = "a state dict of tensors alone is needed, saved by torch.save (.pt, .bin) or as .safetensors"
-_GUIDANCE = "model.generator.guidance_scale"
-_TEMPERATURE = "model.generator.mbm_head.randomize_temperature"
-_ALLOCATION = "model.generator.mbm_head.tokens_allocation"
-_SIZES: dict[str, Callable[[ModelSpec], int]] = {  # what a YAML states, and what it must be
-    "model.generator.hidden_size": lambda spec: spec.hidden_size,
-    "model.generator.num_hidden_layers": lambda spec: spec.num_layers,
-    "model.generator.num_attention_heads": lambda spec: spec.num_heads,
-    "model.generator.image_seq_len": lambda spec: spec.image_seq_len,
-    "model.generator.condition_num_classes": lambda spec: spec.num_classes,
-    "model.generator.target_codebook_size": lambda spec: 2,
-    "model.generator.patch_size": lambda spec: spec.patch_size,
-    "model.generator.repeat_class_condition": lambda spec: spec.repeat_class_condition,
-    "model.generator.latent_height": lambda spec: spec.grid_size,
-    "model.generator.latent_width": lambda spec: spec.grid_size,
-    "model.generator.mbm_head.width": lambda spec: spec.head_width,
-    "model.generator.mbm_head.num_layers": lambda spec: spec.head_layers,
-    "model.vq_model.token_size": lambda spec: spec.token_size,
-    "model.vq_model.vit_dec_patch_size": lambda spec: spec.decoder_patch_size,
-    "dataset.preprocessing.crop_size": lambda spec: spec.image_size,
-}
-_DEFAULTS = {"model.generator.patch_size": 1, "model.generator.repeat_class_condition": 32}  # of the authors' YAML
-_SETTINGS = (_GUIDANCE, _TEMPERATURE, _ALLOCATION, *_SIZES)  # all that is read
 
 
 @dataclass(frozen=True)
@@ -90,10 +67,10 @@ def load_checkpoint(
     generator_tensors = _with_shared_tables(read_state_dict(generator))
     settings = read_config(config, overrides)
     spec = infer_spec(generator_tensors, tokenizer_tensors, generator, tokenizer)
-    _check_config(spec, settings, overridden, generator)
+    check_config(spec, settings, overridden, generator)
     _check_tensors(generator_tensors, generator_shapes(spec), generator)
     variant = find_variant(spec)
-    recipe = _recipe(settings, variant.recipe if variant else None, overridden, spec)
+    recipe = choose_recipe(settings, variant.recipe if variant else None, overridden, spec)
     return Checkpoint(spec, recipe, variant.name if variant else None, generator_tensors, tokenizer_tensors)
 
 
@@ -111,7 +88,7 @@ def read_state_dict(path: Path) -> Tensors:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
         except Exception as error:
-            raise CheckpointError(f"{path}: not a readable safetensors file ({_first_line(error)})") from error
+            raise CheckpointError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
     else:
         loaded = _read_pickle(path)
     flat = _strip_prefixes(_unnest(loaded, path), path)
@@ -119,7 +96,7 @@ def read_state_dict(path: Path) -> Tensors:
     if bad:
         kinds = sorted({str(flat[name].dtype) for name in bad})
         raise CheckpointError(
-            f"{path}: {_listing(bad)} stored as {', '.join(kinds)}; weights must be float32, float16 or bfloat16"
+            f"{path}: {listing(bad)} stored as {', '.join(kinds)}; weights must be float32, float16 or bfloat16"
         )
     return flat
 
@@ -142,40 +119,6 @@ def read_tokenizer(path: Path) -> Tensors:
     return kept
 
 
-def read_config(path: Path | None, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """Parse the authors' YAML and apply `dotted.key=value` overrides. Without a path it is empty.
-
-    Raises CheckpointError if the YAML is not the authors' or an override is malformed or of a setting nobody reads.
-    """
-    settings: Any = {}
-    if path is not None:
-        try:
-            settings = yaml.safe_load(path.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise CheckpointError(f"{path}: not a readable YAML file ({_first_line(error)})") from error
-        if not isinstance(settings, dict) or not isinstance(settings.get("model"), dict):
-            raise CheckpointError(f"{path}: has no `model` section; give the YAML that belongs to the checkpoint")
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator or not key:
-            raise CheckpointError(f"override {override!r} is not of the form dotted.key=value")
-        if key not in _SETTINGS:
-            near = difflib.get_close_matches(key, _SETTINGS, n=1)
-            meant = f"did you mean {near[0]}?" if near else f"these are: {', '.join(_SETTINGS)}"
-            raise CheckpointError(f"override {override!r}: {key} is not read; {meant}")
-        *parents, leaf = key.split(".")
-        section = settings
-        for parent in parents:
-            section = section.setdefault(parent, {})
-            if not isinstance(section, dict):
-                raise CheckpointError(f"override {override!r}: {parent!r} is a value, not a section")
-        try:
-            section[leaf] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise CheckpointError(f"override {override!r}: the value is not YAML ({_first_line(error)})") from error
-    return dict(settings)
-
-
 def infer_spec(generator: Tensors, tokenizer: Tensors, generator_path: Path, tokenizer_path: Path) -> ModelSpec:
     """Read every size off the tensors. Raises CheckpointError if a defining tensor is missing or sizes disagree."""
     defining = {
@@ -185,7 +128,7 @@ def infer_spec(generator: Tensors, tokenizer: Tensors, generator_path: Path, tok
     missing = [name for name in defining if name not in generator]
     if missing:
         hint = " (this looks like a tokenizer)" if any(name.startswith("decoder.") for name in generator) else ""
-        raise CheckpointError(f"{generator_path}: not a BAR generator{hint}; missing {_listing(missing)}")
+        raise CheckpointError(f"{generator_path}: not a BAR generator{hint}; missing {listing(missing)}")
     _check_ranks(generator, defining, generator_path)
     hidden_size = generator["cls_token"].shape[-1]
     head_dim = generator["blocks.0.attn.q_norm.weight"].shape[0]
@@ -353,7 +296,7 @@ def _unnest(loaded: Any, path: Path) -> Mapping[str, torch.Tensor]:
             f"torch.save(torch.load({path.name!r}, weights_only=True)[{nested[-1]!r}], 'chosen.bin')"
         )
     odd = [str(key) for key, value in loaded.items() if not isinstance(value, torch.Tensor)]
-    raise CheckpointError(f"{path}: not a flat state dict; entries that are not tensors: {_listing(odd)}")
+    raise CheckpointError(f"{path}: not a flat state dict; entries that are not tensors: {listing(odd)}")
 
 
 def _strip_prefixes(tensors: Mapping[str, torch.Tensor], path: Path) -> Tensors:
@@ -372,7 +315,7 @@ def _tokenizer_shapes(tensors: Tensors, path: Path) -> dict[str, tuple[int, ...]
     defining = {"quantize.out_proj.weight": 2, "decoder.positional_embedding": 2, "decoder.ffn.0.weight": 4}
     missing = [name for name in defining if name not in tensors]
     if missing:
-        raise CheckpointError(f"{path}: not a BAR tokenizer; missing {_listing(missing)}")
+        raise CheckpointError(f"{path}: not a BAR tokenizer; missing {listing(missing)}")
     _check_ranks(tensors, defining, path)
     width, token_size = tensors["quantize.out_proj.weight"].shape
     if width % DECODER_HEADS:
@@ -390,7 +333,7 @@ def _check_ranks(tensors: Tensors, ranks: dict[str, int], path: Path) -> None:
         if tensors[name].ndim != rank or not tensors[name].numel()
     ]
     if wrong:
-        raise CheckpointError(f"{path}: tensors do not fit the model: {_listing(wrong, '; ')}")
+        raise CheckpointError(f"{path}: tensors do not fit the model: {listing(wrong, '; ')}")
 
 
 def _with_shared_tables(tensors: Tensors) -> Tensors:
@@ -418,95 +361,9 @@ def _check_tensors(tensors: Tensors, expected: dict[str, tuple[int, ...]], path:
     ]
     problems += [f"{name} {list(tensors[name].shape)} is unknown" for name in tensors if name not in expected]
     if problems:
-        raise CheckpointError(f"{path}: tensors do not fit the model: {_listing(problems, '; ')}")
-
-
-def _check_config(spec: ModelSpec, settings: dict[str, Any], overridden: set[str], path: Path) -> None:
-    """The YAML must describe this checkpoint: every size it states is compared with the tensors."""
-    described = _setting(settings, "model.generator.hidden_size") is not None  # the authors' YAML, not only overrides
-    defaults = _DEFAULTS if described else {}
-    wrong = []
-    for key, size in _SIZES.items():
-        value = _setting(settings, key, defaults.get(key))
-        if value is not None and not _is_interpolation(value) and value != size(spec):
-            wrong.append(f"{key} is {value!r} {_origin(key, overridden)}, {size(spec)} in the tensors")
-    if wrong:
-        raise CheckpointError(f"{path} and its settings do not belong together: {_listing(wrong, '; ')}")
-
-
-def _recipe(settings: dict[str, Any], published: Recipe | None, overridden: set[str], spec: ModelSpec) -> Recipe:
-    """The authors' evaluation recipe for a published variant, else the YAML's; a command-line override wins."""
-    known = {
-        _GUIDANCE: published and published.guidance,
-        _TEMPERATURE: published and published.temperature,
-        _ALLOCATION: published and published.allocation,
-    }
-    chosen = {
-        key: _setting(settings, key) if published is None or key in overridden else value
-        for key, value in known.items()
-    }
-    absent = [key for key, value in chosen.items() if value is None]
-    if absent:
-        raise CheckpointError(
-            f"no sampling recipe: {_listing(absent)} not given, and the shapes match no published variant "
-            f"({', '.join(VARIANTS)}). Give the YAML with --config, or the values as key=value"
-        )
-    for key, value in chosen.items():
-        fits, form = (
-            (_is_list, "a list of whole numbers, as [2,2,5,7]") if key == _ALLOCATION else (_is_number, "a number")
-        )
-        if not fits(value):
-            raise CheckpointError(f"{key} is {value!r} {_origin(key, overridden)}, expected {form}")
-    recipe = Recipe(float(chosen[_GUIDANCE]), float(chosen[_TEMPERATURE]), tuple(chosen[_ALLOCATION]))
-    try:
-        return recipe.validated(spec.bits_per_token)
-    except RequestError as error:
-        changed = " with what the command line overrides" if overridden & chosen.keys() else " in the YAML"
-        raise CheckpointError(f"the sampling recipe{changed} does not fit: {error}") from error
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return not isinstance(value, bool)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(type(bits) is int for bits in value)
-
-
-def _origin(key: str, overridden: set[str]) -> str:
-    return "on the command line" if key in overridden else "in the YAML"
-
-
-def _setting(settings: dict[str, Any], key: str, default: Any = None) -> Any:
-    *parents, leaf = key.split(".")
-    section = settings
-    for parent in parents:
-        section = _section(section, parent)
-    return section.get(leaf, default)
-
-
-def _section(settings: Any, name: str) -> dict[str, Any]:
-    value = settings.get(name, {}) if isinstance(settings, dict) else {}
-    return value if isinstance(value, dict) else {}
-
-
-def _is_interpolation(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith("${")
+        raise CheckpointError(f"{path}: tensors do not fit the model: {listing(problems, '; ')}")
 
 
 def _count(tensors: Tensors, pattern: str) -> int:
     found = {int(match.group(1)) for name in tensors if (match := re.match(pattern, name))}
     return min(max(found, default=-1) + 1, len(tensors))  # an absurd index is reported as unknown, not allocated
-
-
-def _listing(items: list[str], separator: str = ", ") -> str:
-    shown = separator.join(items[:10])
-    return shown if len(items) <= 10 else f"{shown}{separator}and {len(items) - 10} more"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -16,11 +16,11 @@ from bar_edge.export.checkpoint import (
     generator_shapes,
     infer_spec,
     load_checkpoint,
-    read_config,
     read_state_dict,
     read_tokenizer,
     tokenizer_shapes,
 )
+from bar_edge.export.settings import read_config
 from bar_edge.runtime.errors import BarEdgeError, CheckpointError
 from bar_edge.runtime.spec import VARIANTS, Recipe
 
