@@ -11,6 +11,7 @@ from bar_edge.benchmarks.measure import Report, replacing, save
 from bar_edge.benchmarks.page import page
 from bar_edge.benchmarks.plan import Baseline, Plan
 from bar_edge.runtime.errors import RequestError
+from bar_edge.runtime.folders import check_folder
 
 JSON, HTML = "report.json", "report.html"
 _DPI = 150
@@ -21,10 +22,7 @@ def check_output(output: Path, *, force: bool) -> None:
 
     Raises RequestError if a report must not be written there, OSError if it cannot be.
     """
-    if output.exists() and not output.is_dir():
-        raise RequestError(f"{output}: is a file; choose a folder")
-    if output.is_dir() and any(output.iterdir()) and not force:
-        raise RequestError(f"{output}: has files already; choose another folder, or pass --force to write into it")
+    check_folder(output, force=force)
     output.mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=output):
         pass

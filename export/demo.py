@@ -19,7 +19,8 @@ from bar_edge.export.exporter import export_bundle
 from bar_edge.export.verification import compare
 from bar_edge.runtime import selftest
 from bar_edge.runtime.bundle import Bundle
-from bar_edge.runtime.errors import EngineError, RequestError
+from bar_edge.runtime.errors import EngineError
+from bar_edge.runtime.folders import check_folder
 from bar_edge.runtime.generator import Drawn, Generator
 from bar_edge.runtime.pictures import contact_sheet, save_png
 
@@ -41,10 +42,7 @@ def data() -> AbstractContextManager[Path]:
 
 def run(output: Path, *, force: bool, console: Console, progress: Callable[[], Any]) -> None:
     """Export, draw digits, verify against PyTorch, quantize, compare, time. Everything lands in `output`."""
-    if output.exists() and not output.is_dir():
-        raise RequestError(f"{output}: is a file; choose a folder")
-    if output.exists() and any(output.iterdir()) and not force:
-        raise RequestError(f"{output}: has files already; choose another folder, or pass --force to write into it")
+    check_folder(output, force=force)
     output.mkdir(parents=True, exist_ok=True)
     with data() as folder:
         with progress() as bar:

@@ -238,13 +238,13 @@ def generate(
     Example: bar-edge generate bar_b/ --class 207 --class "red panda" --num 4 --seed 1 -o out/
     """
     from bar_edge.runtime.classes import class_name, parse_class
+    from bar_edge.runtime.folders import check_folder, locked
     from bar_edge.runtime.generator import Generator
-    from bar_edge.runtime.locks import locked
     from bar_edge.runtime.pictures import columns_for, contact_sheet, save_png
 
     if bool(classes) == unconditional:
         raise RequestError("give --class (several times if you like) or --unconditional, one of the two")
-    _check_pictures(output, force)
+    check_folder(output, force=force)
     with _progress() as bar, ExitStack() as writing:
         verified = _open(bundle, bar)
         spec = verified.spec
@@ -265,7 +265,7 @@ def generate(
             )  # fmt: skip
             output.mkdir(parents=True, exist_ok=True)
             writing.enter_context(locked(output))
-            _check_pictures(output, force)  # someone else may have been faster
+            check_folder(output, force=force)  # someone else may have been faster
             images, labels, files = [], [], []
             for drawn in stream:
                 name = class_name(drawn.class_id, spec)
@@ -479,7 +479,7 @@ def bench(
         command.check_output(output, force=force)
         report = command.measure(plan, output, bar)
     command.show(report, out)
-    out.print(f"{output / command.HTML}, {output / command.JSON} and the charts as PNGs", markup=False)
+    out.print(f"{output / command.HTML}, {output / command.JSON} and the charts as PNGs")
     if missed := command.shortfalls(report, plan.engines):
         for sentence in missed:
             err.print(sentence, markup=False, highlight=False)
@@ -632,16 +632,6 @@ def _planned(model: str, precisions: set[str]) -> tuple[Any, list[Any]]:
     check_not_compiled(bundle)
     places = weights.read_places(bundle.path / weights.FILE_NAME)
     return VARIANTS.get(bundle.variant), [workload.of_bundle(bundle.spec, bundle.recipe, places)]
-
-
-def _check_pictures(output: Path, force: bool) -> None:
-    """Raise RequestError for a folder that no images belong into."""
-    if output.exists() and not output.is_dir():
-        raise RequestError(f"{output}: is a file; choose a folder")
-    if (output / "manifest.json").exists():
-        raise RequestError(f"{output}: is a bundle, which images would spoil; choose another folder")
-    if output.is_dir() and any(output.iterdir()) and not force:
-        raise RequestError(f"{output}: has files already; choose an empty folder, or pass --force to write into it")
 
 
 def _need(module: str, extra: str) -> ModuleType:

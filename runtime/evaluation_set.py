@@ -28,8 +28,8 @@ from PIL import Image
 from bar_edge.runtime.classes import class_name
 from bar_edge.runtime.errors import RequestError
 from bar_edge.runtime.evaluation_settings import EvaluationSettings
+from bar_edge.runtime.folders import locked
 from bar_edge.runtime.generator import Generator
-from bar_edge.runtime.locks import locked
 from bar_edge.runtime.noise import SeededNoise
 from bar_edge.runtime.pictures import save_png
 from bar_edge.runtime.sampling import to_uint8

@@ -91,6 +91,8 @@ def test_a_folder_with_files_is_refused_before_anything_is_measured(small, tmp_p
         run(small.bundle.path, "-o", tmp_path)
     with pytest.raises(RequestError, match="is a file"):
         run(small.bundle.path, "-o", tmp_path / "mine")
+    with pytest.raises(RequestError, match="is a bundle, which other files would spoil"):
+        run(small.bundle.path, "-o", small.bundle.path, "--force")
 
 
 def test_a_baseline_needs_its_tokenizer(small, tmp_path):

@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 
 from bar_edge.benchmarks.random_checkpoint import random_generator, random_tokenizer, write_checkpoint
 from bar_edge.export.exporter import export_bundle
-from bar_edge.runtime import locks, selftest
+from bar_edge.runtime import folders, selftest
 from bar_edge.runtime.bundle import MANIFEST, SELFTEST, Bundle
 from bar_edge.runtime.cli import app
 from bar_edge.runtime.errors import BarEdgeError, BundleError, RequestError
-from bar_edge.runtime.locks import locked
+from bar_edge.runtime.folders import locked
 from bar_edge.runtime.pictures import read_settings
 from bar_edge.runtime.spec import ModelSpec, Recipe
 
@@ -156,7 +156,7 @@ def test_generate_writes_into_a_folder_with_files_only_with_force(patch1, tmp_pa
 
 
 def test_images_are_not_written_into_a_bundle(patch1, bundle_copy):
-    with pytest.raises(RequestError, match="is a bundle, which images would spoil"):
+    with pytest.raises(RequestError, match="is a bundle, which other files would spoil"):
         run("generate", patch1.bundle.path, "--class", 1, "-o", bundle_copy, "--force")
     Bundle.open(bundle_copy)
 
@@ -174,7 +174,7 @@ def test_who_comes_second_to_an_empty_folder_finds_it_full(patch1, tmp_path, mon
         (folder / "00000.png").touch()  # of whom it has waited for
         yield
 
-    monkeypatch.setattr(locks, "locked", waits)
+    monkeypatch.setattr(folders, "locked", waits)
     with pytest.raises(RequestError, match="has files already"):
         run("generate", patch1.bundle.path, "--class", 1, "-o", tmp_path)
 

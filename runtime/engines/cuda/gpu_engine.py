@@ -29,7 +29,10 @@ class GpuEngine(ABC):
         self._profiles = sorted(profiles, key=lambda profile: profile.rows)
         self._tables = tables
         self._loops: dict[Profile, Loop] = {}
-        self._latents: list[tuple[Floats, int]] = []  # of the parts of the last batch, and their images
+        self._latents: list[
+            tuple[Floats, int]
+        ] = []  # of the parts of the last batch but the last one, and their images
+        self._last: tuple[Loop, int] | None = None  # the loop that drew the last part, and its images
         self._drawn: list[tuple[Loop, int]] = []  # the loops that hold the images drawn last, and how many
 
     @abstractmethod
@@ -43,7 +46,7 @@ class GpuEngine(ABC):
         for loop, begin, part in self._parts(batch):
             led = None if history is None else history[begin : begin + len(part.class_ids)]
             parts.append(loop.sample(part, progress, led))
-            self._keep(loop, part)
+            self._last = loop, len(part.class_ids)
         return np.concatenate(parts)
 
     def draw(
@@ -53,22 +56,20 @@ class GpuEngine(ABC):
         drawn, where = [], []
         for loop, _, part in self._parts(batch):
             drawn.append(loop.draw(part, progress, timeline))
-            self._keep(loop, part)
-            where.append((loop, len(part.class_ids)))
+            self._last = loop, len(part.class_ids)
+            where.append(self._last)
         self._drawn = where
         return np.concatenate([bits for bits, _ in drawn]), np.concatenate([images for _, images in drawn])
 
     def last_latents(self) -> Floats:
-        if not self._latents:
-            raise EngineError("no token was sampled yet")
-        conditional = [latents[:images] for latents, images in self._latents]
-        unconditional = [latents[images:] for latents, images in self._latents]
+        loop, images = self._last_part()
+        parts = [*self._latents, (loop.last_latents(images), images)]
+        conditional = [latents[:images] for latents, images in parts]
+        unconditional = [latents[images:] for latents, images in parts]
         return np.concatenate([*conditional, *unconditional])
 
     def first_logits(self) -> Floats:
-        if not self._latents:
-            raise EngineError("no token was sampled yet")
-        loop, images = self._last
+        loop, images = self._last_part()
         return loop.first_logits(images)
 
     def decode(self, bits: Any) -> Floats:
@@ -97,10 +98,10 @@ class GpuEngine(ABC):
             self._loops.clear()
             self._drawn.clear()
 
-    def _keep(self, loop: Loop, part: Batch) -> None:
-        images = len(part.class_ids)
-        self._latents.append((loop.last_latents(images), images))
-        self._last = loop, images
+    def _last_part(self) -> tuple[Loop, int]:
+        if self._last is None:
+            raise EngineError("no token was sampled yet")
+        return self._last
 
     def _parts(self, batch: Batch) -> Iterator[tuple[Loop, int, Batch]]:
         """The batch in parts that fit: in the smallest loop that holds it, or the largest several times."""
@@ -109,8 +110,11 @@ class GpuEngine(ABC):
         capacity = profile.rows // copies
         if capacity < 1:
             raise CompatibilityError("these engines have one row, and guidance needs two for an image")
-        self._latents, self._drawn = [], []
+        self._latents, self._drawn, self._last = [], [], None
         for begin in range(0, count, capacity):
+            if self._last is not None:  # the next part is drawn over its latents
+                last, images = self._last
+                self._latents.append((last.last_latents(images), images))
             yield self._loop(profile), begin, batch.part(begin, min(count, begin + capacity))
 
     def _loop(self, profile: Profile) -> Loop:

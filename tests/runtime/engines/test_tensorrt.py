@@ -255,6 +255,13 @@ def test_the_last_latents(small, engine):
     np.testing.assert_allclose(engine.last_latents(), small.runtime._engine.last_latents(), atol=1e-5)
 
 
+def test_the_last_latents_of_a_batch_that_was_drawn_in_parts(small, engine):
+    batch = batch_of(small, 7)
+    engine.sample(batch)
+    expected(small, batch)
+    np.testing.assert_allclose(engine.last_latents(), small.runtime._engine.last_latents(), atol=1e-5)
+
+
 def test_the_first_logits_are_of_the_part_drawn_last(small, engine):
     batch = batch_of(small, 7)
     engine.sample(batch)

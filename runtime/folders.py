@@ -1,4 +1,4 @@
-"""One writer at a time in a folder."""
+"""Folders that a command fills: none that hold something else, and one writer at a time."""
 
 import os
 from collections.abc import Iterator
@@ -6,11 +6,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bar_edge.runtime.errors import RequestError
+from bar_edge.runtime.manifest import MANIFEST
 
 try:
     import fcntl
 except ImportError:  # not a POSIX system: nobody is kept out
     fcntl = None  # type: ignore[assignment]
+
+
+def check_folder(output: Path, *, force: bool) -> None:
+    """Raise RequestError unless files may be written into a folder, which need not exist; `force`: beside others."""
+    if output.exists() and not output.is_dir():
+        raise RequestError(f"{output}: is a file; choose a folder")
+    if (output / MANIFEST).exists():
+        raise RequestError(f"{output}: is a bundle, which other files would spoil; choose another folder")
+    if output.is_dir() and any(output.iterdir()) and not force:
+        raise RequestError(f"{output}: has files already; choose an empty folder, or pass --force to write into it")
 
 
 @contextmanager
