@@ -1,7 +1,7 @@
 # Everything lives in .venv; `make demo` and `make test` are all the set-up there is.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(wildcard runtime/*.py runtime/*/*.py runtime/*/*/*.py runtime/*/*/*.cu runtime/*/*/*.cuh export/*.py calibration/*.py benchmarks/*.py)
+SOURCES := $(wildcard runtime/*.py runtime/*/*.py runtime/*/*/*.py runtime/*/*/*.cu runtime/*/*/*.cuh export/*.py calibration/*.py benchmarks/*.py benchmarks/*.cu)
 
 # where pyproject.toml has NVRTC installed for development
 KERNELS := $(if $(filter Linux-x86_64,$(shell uname -s -m | tr ' ' -)),kernels)

@@ -13,10 +13,11 @@ a C compiler. Where bar-edge is not installed, a link and what setuptools (77 or
 
 Parts, in order: which engines work here and why the others do not; the tests of our kernels that run on a GPU; the demo
 as it is and quantized, led along what ONNX Runtime draws; products of our own beside PyTorch's; random weights in
-published shapes, fp16 and with 8-bit weights, timed by `bench` beside PyTorch on the GPU, alone; then beside compiled
-PyTorch, replayed as CUDA graphs; then in growing batches. What fails is in the report with its reason, and the other
-parts go on; what runs on the GPU runs in processes of its own, which are killed where they hang. A part for which too
-little of the budget is left is in the report as not run. The report is written anew, whole, after every part.
+published shapes, fp16 and with 8-bit weights, timed by `bench` beside PyTorch on the GPU, alone; the token of the
+first, kernel by kernel, and what fusing could gain; then beside compiled PyTorch, replayed as CUDA graphs; then in
+growing batches. What fails is in the report with its reason, and the other parts go on; what runs on the GPU runs in
+processes of its own, which are killed where they hang. A part for which too little of the budget is left is in the
+report as not run. The report is written anew, whole, after every part.
 
 It takes about 20 GB of memory and 30 GB under TMPDIR. Not yet run on a GPU.
 """
@@ -41,7 +42,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from bar_edge.benchmarks import gpu_products, tables
+from bar_edge.benchmarks import gpu_products, gpu_token, tables
 from bar_edge.benchmarks.bench import Bench
 from bar_edge.benchmarks.eight_bit import eight_bit
 from bar_edge.benchmarks.measure import Contender, ContenderError, Report, Worker, save, stamp
@@ -74,7 +75,7 @@ _ROUNDS, _FEWER_ROUNDS = 5, 2  # of single images, and of larger batches
 _LEAST_SECONDS = 1.0  # that everyone draws in a round: NVML counts energy in steps of about a tenth
 # What a part is reckoned to take at most on an H200 with 16 cores, not measured yet: it is not begun if less is left.
 # Eager PyTorch launches about 1,000 kernels a token whatever the batch, 3 to 5 s for BAR-B; compiling takes a minute.
-_SECONDS = {"kernels": 60, "demo": 60, "products": 40, "bundles": 90}
+_SECONDS = {"kernels": 60, "demo": 60, "products": 40, "bundles": 90, "token": 40}
 _EAGER_SECONDS = {"bar_b": 120, "bar_b_patch4": 60}  # batch 1, and processes
 _COMPILED_SECONDS = {"bar_b": 110, "bar_b_patch4": 90}
 _BATCH_SECONDS = {"bar_b": 100, "bar_b_patch4": 45}  # a larger batch, and processes
@@ -138,6 +139,7 @@ def accept(acceptance: Acceptance, folder: Path, variants: Sequence[str], batche
     acceptance.part("products", _SECONDS["products"], lambda: _products(folder))
     for name, one in made.items():
         _time(acceptance, name, one, _EAGER, (1,), _EAGER_SECONDS[name])
+    acceptance.part("token", _SECONDS["token"], lambda: _token(made[variants[0]], folder))
     for name, one in made.items():
         _time(acceptance, f"{name}, compiled PyTorch", one, _COMPILED, (1,), _COMPILED_SECONDS[name])
     for name, one in made.items():
@@ -235,6 +237,8 @@ def summary(report: Report) -> Iterator[Any]:
     yield found
     if "products" in report:
         yield gpu_products.table([gpu_products.Figure.from_dict(figure) for figure in report["products"]])
+    if "token" in report:
+        yield from gpu_token.tables(report["token"])
     for measured in report.values():
         if isinstance(measured, dict) and "contenders" in measured:
             yield from tables.tables(measured)
@@ -302,14 +306,28 @@ def _judged_apart(source: Bundle, made: Bundle | str) -> dict[str, Any]:
 
 
 def _products(folder: Path) -> list[dict[str, Any]]:
-    """`gpu_products`, in a process that gives the GPU's memory back."""
-    output = folder / "products.json"
-    command = [sys.executable, "-m", "bar_edge.benchmarks.gpu_products", "-o", str(output)]
-    done = _run(command, "products")
+    """`gpu_products`."""
+    found: list[dict[str, Any]] = _apart("products", "gpu_products", (), folder)["products"]
+    return found
+
+
+def _token(made: Made | None, folder: Path) -> Report:
+    """`gpu_token` of what the engine `cuda` runs."""
+    bundles = [bundle for bundle in made.bundles if "cuda" in bundle.engines] if made else []
+    if not bundles:
+        raise EngineError("there is no bundle of it for the engine cuda")
+    return _apart("token", "gpu_token", [str(bundle.path) for bundle in bundles], folder)
+
+
+def _apart(part: str, program: str, arguments: Sequence[str], folder: Path) -> Report:
+    """The report of a benchmark, in a process that gives the GPU's memory back."""
+    output = folder / f"{part}.json"
+    command = [sys.executable, "-m", f"bar_edge.benchmarks.{program}", *arguments, "-o", str(output)]
+    done = _run(command, part)
     if done.returncode:
         raise EngineError("\n".join(done.stderr.strip().splitlines()[-_TOLD_LINES:]))
-    found: list[dict[str, Any]] = json.loads(output.read_text())["products"]
-    return found
+    report: Report = json.loads(output.read_text())
+    return report
 
 
 def _run(command: Sequence[str], part: str) -> "subprocess.CompletedProcess[str]":

@@ -75,6 +75,11 @@ def measure(device: CudaDevice) -> list[Figure]:
         return ours + [_pytorch(*shape, rows) for shape in SHAPES for rows in ROWS]
 
 
+def weight_bytes(form: str, inputs: int, outputs: int) -> int:
+    """Bytes of a layer's weights as they lie on the device, without scales."""
+    return -(-outputs // TILE) * -(-inputs // CHUNK_INPUTS[form]) * CHUNK_BYTES
+
+
 def table(figures: list[Figure]) -> Table:
     """Microseconds by shape and form down, and rows across; in a cell by rows that a block takes."""
     shown = Table(
@@ -98,7 +103,7 @@ def _cell(figure: Figure) -> str:
 
 
 def _ours(device: CudaDevice, module: Module, inputs: int, outputs: int, form: str) -> Iterator[Figure]:
-    size = -(-outputs // TILE) * -(-inputs // CHUNK_INPUTS[form]) * CHUNK_BYTES
+    size = weight_bytes(form, inputs, outputs)
     count = max(2, _STACK_BYTES // size)
     allocated: list[int] = []
 
@@ -130,7 +135,7 @@ def _ours(device: CudaDevice, module: Module, inputs: int, outputs: int, form: s
                     for layer in repeated(layers):
                         module.launch(*product(layer, x, out, rows, PLAIN, taken))
 
-                seconds = _seconds(device, stack) / len(repeated(layers))
+                seconds = graph_seconds(device, stack) / len(repeated(layers))
                 chosen = taken == block_rows(rows, outputs, device.multiprocessors)
                 yield Figure(inputs, outputs, form, rows, taken, chosen, seconds, size)
         found = np.empty(max(ROWS) * outputs, dtype=np.float32)
@@ -156,16 +161,17 @@ def _awaken(device: CudaDevice, work: Callable[[], None]) -> None:
         device.seconds(device.record(), device.record())  # waits
 
 
-def _seconds(device: CudaDevice, work: Callable[[], None]) -> float:
-    """Median time of a captured graph of `work`, the first launches left out."""
+def graph_seconds(device: CudaDevice, work: Callable[[], None], replays: int = 1) -> float:
+    """Median time of a captured graph of `work`, launched so often at once; the first launches are left out."""
     work()  # kernels are loaded at their first launch, which a capture may not allow
     graph = device.capture(work)
     device.replay(graph)
     marks = [device.record()]
     for _ in range(_RUNS):
-        device.replay(graph)
+        for _ in range(replays):
+            device.replay(graph)
         marks.append(device.record())
-    return median(device.seconds(begin, end) for begin, end in pairwise(marks))
+    return median(device.seconds(begin, end) for begin, end in pairwise(marks)) / replays
 
 
 def _pytorch(inputs: int, outputs: int, rows: int) -> Figure:

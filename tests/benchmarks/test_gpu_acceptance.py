@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bar_edge.benchmarks import bench, gpu_acceptance, measure
+from bar_edge.benchmarks import bench, gpu_acceptance, gpu_token, measure
 from bar_edge.benchmarks.eight_bit import eight_bit
 from bar_edge.benchmarks.gpu_products import Figure
 from bar_edge.benchmarks.random_checkpoint import random_tokenizer
@@ -49,6 +49,8 @@ class InPlace:
 
 
 FIGURE = Figure(768, 2304, "fp16", 2, 16, True, 3e-6, 768 * 2304 * 2)
+
+TOKEN = {"phases": {gpu_token.LAUNCH: 2e-6}, "tokens": {}}
 
 
 class Clock:
@@ -247,6 +249,7 @@ def accept(acceptance, emulated_gpu, small, prepacked, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_acceptance, "_kernels", lambda: {"passed": True})
     monkeypatch.setattr(gpu_acceptance, "_demo", lambda folder: {"fp32": {"cuda": {"failed": "no library"}}})
     monkeypatch.setattr(gpu_acceptance, "_products", lambda folder: [FIGURE.to_dict()])
+    monkeypatch.setattr(gpu_acceptance, "_apart", lambda *_: TOKEN)
     monkeypatch.setattr(gpu_acceptance, "_COMPILED", ("fp32",))  # compiling takes minutes
     monkeypatch.setattr(gpu_acceptance, "_LEAST_SECONDS", 0)
     monkeypatch.setattr(bench, "Worker", InProcess)
@@ -264,7 +267,7 @@ TIMED = ("batch 1", "compiled PyTorch, batch 1", "batched, batch 2", "batched, b
 def test_everything_is_in_the_report(accept, acceptance):
     report = accept()
     assert {name: part["outcome"] for name, part in report["parts"].items()} == {
-        **dict.fromkeys(("engines", "kernels", "demo", "products", "bar_b, bundles"), "done"),
+        **dict.fromkeys(("engines", "kernels", "demo", "products", "token", "bar_b, bundles"), "done"),
         "bar_b_patch4, bundles": "failed: EngineError: no disk",
         **dict.fromkeys((f"bar_b, {part}" for part in TIMED), "done"),
         **{
@@ -274,6 +277,7 @@ def test_everything_is_in_the_report(accept, acceptance):
     }
     assert report["commit"] is None or len(report["commit"]["hash"]) == 40
     assert report["engines"]["cuda"]["usable"]
+    assert report["token"] == TOKEN
     assert report["bar_b, bundles"] == {"bundles": ["bundle-cuda"], "refused": {"bar_b, tensorrt": "no library"}}
     for key, counts in (("bar_b", [5]), ("bar_b, batched", [2, 2])):
         contenders = {entry["name"]: entry for entry in report[key]["contenders"]}
@@ -287,6 +291,7 @@ def test_everything_is_in_the_report(accept, acceptance):
     for table in gpu_acceptance.summary(acceptance.report):
         console.print(table)
     text = console.export_text()
+    assert gpu_token.LAUNCH in text
     assert "bundle-cuda, cuda" in text and "failed: EngineError: no disk" in text and "no library" in text
 
 
@@ -347,18 +352,26 @@ def test_a_part_whose_process_hangs_is_killed_and_failed(acceptance, tmp_path, m
     assert parts["hanging"]["outcome"].startswith("failed: TimeoutExpired") and parts["next"]["outcome"] == "done"
 
 
-def test_products_are_timed_in_a_process_of_their_own(monkeypatch, tmp_path):
+def test_products_and_a_token_are_timed_in_processes_of_their_own(monkeypatch, tmp_path, prepacked, small):
+    ran = []
+
     def run(command, **_):
-        assert command[1:4] == ["-m", "bar_edge.benchmarks.gpu_products", "-o"]
-        measure.save({"products": [FIGURE.to_dict()]}, Path(command[4]))
+        *ran[:], report = *command[1:-1], Path(command[-1])
+        measure.save({"products": [FIGURE.to_dict()], **TOKEN}, report)
         return SimpleNamespace(returncode=0, stdout="", stderr="")
 
     monkeypatch.setattr(gpu_acceptance.subprocess, "run", run)
     assert [Figure.from_dict(one) for one in gpu_acceptance._products(tmp_path)] == [FIGURE]
+    assert ran == ["-m", "bar_edge.benchmarks.gpu_products", "-o"]
+    made = gpu_acceptance.Made((), (prepacked, small.bundle), {})
+    assert gpu_acceptance._token(made, tmp_path).items() >= TOKEN.items()
+    assert ran == ["-m", "bar_edge.benchmarks.gpu_token", str(prepacked.path), "-o"]
     failed = SimpleNamespace(returncode=1, stdout="", stderr="trace\nEngineError: no driver")
     monkeypatch.setattr(gpu_acceptance.subprocess, "run", lambda command, **_: failed)
     with pytest.raises(EngineError, match="no driver"):
         gpu_acceptance._products(tmp_path)
+    with pytest.raises(EngineError, match="no bundle"):
+        gpu_acceptance._token(None, tmp_path)
 
 
 def test_a_variant_is_made_in_a_process_of_its_own_and_what_fails_there_is_told(tmp_path):

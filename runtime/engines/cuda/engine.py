@@ -5,8 +5,9 @@ Batch sizes and allocations are not compiled either. There is a profile for 1, 2
 one another in the memory that the weights leave; each starts when a batch first needs it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from bar_edge.runtime.bundle import Bundle
@@ -45,7 +46,7 @@ def status() -> tuple[bool, str]:
 
 def start(bundle: Bundle, threads: int, stream: Any = None) -> "CudaEngine":
     """An engine on a verified bundle. `threads` is for CPU engines. Raises EngineError, CompatibilityError."""
-    return CudaEngine(bundle, stream)
+    return CudaEngine(bundle, partial(CudaDevice, stream))
 
 
 def check_capability(sm: int) -> None:
@@ -74,12 +75,12 @@ class CudaEngine(GpuEngine):
 
     name = NAME
 
-    def __init__(self, bundle: Bundle, stream: Any = None) -> None:
+    def __init__(self, bundle: Bundle, open_device: Callable[[], CudaDevice]) -> None:
         """Raises BundleError, CompatibilityError, EngineError."""
         weights = Weights(bundle)
         check(bundle.spec, weights)
         self._weights, tables = weights, weights.tables
-        device = CudaDevice(stream)
+        device = open_device()
         with ExitStack() as undo:  # if starting fails
             undo.callback(device.close)
             check_capability(device.sm)

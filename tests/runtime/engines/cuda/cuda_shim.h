@@ -7,6 +7,7 @@
 #pragma once
 #undef _FORTIFY_SOURCE  // its longjmp refuses to change to another fiber's stack
 
+#include <atomic>
 #include <barrier>
 #include <bit>
 #include <cmath>
@@ -328,6 +329,13 @@ inline void mma(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2])
 
 inline void mma(int (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     multiply<4>(sum, a, b, shim::warp().bytes, [](unsigned word, unsigned i) { return int8_t(word >> 8 * i); });
+}
+
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+
+template <typename T>
+T atomicAdd(T* to, T value) {
+    return std::atomic_ref(*to).fetch_add(value);
 }
 
 inline void __syncthreads() { shim::running_block().barrier.arrive_and_wait(); }

@@ -29,7 +29,7 @@ enum Result : int {
     SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, INVALID_DEVICE = 101, INVALID_IMAGE = 200,
     INVALID_CONTEXT = 201, NO_BINARY_FOR_GPU = 209, SHARED_OBJECT_INIT_FAILED = 303, INVALID_HANDLE = 400,
     NOT_FOUND = 500, ILLEGAL_ADDRESS = 700, STREAM_CAPTURE_UNSUPPORTED = 900, STREAM_CAPTURE_INVALIDATED = 901,
-    STREAM_CAPTURE_UNMATCHED = 903, STREAM_CAPTURE_WRONG_THREAD = 908,
+    STREAM_CAPTURE_UNMATCHED = 903, STREAM_CAPTURE_WRONG_THREAD = 908, COOPERATIVE_LAUNCH_TOO_LARGE = 720,
 };
 
 using Handle = void*;
@@ -37,6 +37,7 @@ using Address = unsigned long long;
 using Work = std::function<Result()>;
 using Kernel = void (*)(unsigned grid, unsigned block, void** arguments);
 
+constexpr int COOPERATIVE = 2, PROGRAMMATIC = 6;  // attributes of a launch
 constexpr unsigned SM = 90, MULTIPROCESSORS = 132, MOST_THREADS = 1024, THREAD_LOCAL = 1;
 constexpr size_t MEMORY = size_t(1) << 30, ALIGNMENT = 256, PAGE = 4096;
 constexpr unsigned char GARBAGE = 0xA5;  // what fresh memory holds, and what is behind it
@@ -377,6 +378,31 @@ Result launch(Handle handle, unsigned grid, unsigned grid_y, unsigned grid_z, un
     });
 }
 
+struct Attribute {  // CUlaunchAttribute
+    int identity;
+    int on[17];
+};
+
+struct Configuration {  // CUlaunchConfig
+    unsigned grid[3], block[3], shared_bytes;
+    Handle stream;
+    const Attribute* attributes;
+    unsigned count;
+};
+
+// A programmatic launch waits for the one before it is begun. Blocks run in turn, so that all of a grid that wait for one
+// another are too many.
+Result launch_with(const Configuration* asked, Handle function, void** arguments, void** extra) {
+    for (unsigned i = 0; i < asked->count; ++i) {
+        const auto [identity, on] = asked->attributes[i];
+        if ((identity != COOPERATIVE && identity != PROGRAMMATIC) || on[1] != 1) return INVALID_VALUE;
+        if (identity == COOPERATIVE && asked->grid[0] > 1) return COOPERATIVE_LAUNCH_TOO_LARGE;
+    }
+    const auto [x, y, z] = asked->grid;
+    const auto [block_x, block_y, block_z] = asked->block;
+    return launch(function, x, y, z, block_x, block_y, block_z, asked->shared_bytes, asked->stream, arguments, extra);
+}
+
 // -- how it is found -------------------------------------------------------------------------------------------------
 
 enum Needs { NOTHING, INITIALIZED, CONTEXT };
@@ -424,6 +450,7 @@ const std::map<std::string, void*> ENTRIES = {
     {"cuEventElapsedTime", entry<event_elapsed>()}, {"cuEventDestroy", entry<event_destroy>()},
     {"cuModuleLoadData", entry<module_load>()}, {"cuModuleUnload", entry<module_unload>()},
     {"cuModuleGetFunction", entry<module_function>()}, {"cuLaunchKernel", entry<launch>()},
+    {"cuLaunchKernelEx", entry<launch_with>()},
 };
 
 }  // namespace

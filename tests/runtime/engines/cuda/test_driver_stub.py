@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bar_edge.benchmarks.gpu_token import BARRIER, LAUNCH, PHASES, PROGRAMMATIC
 from bar_edge.export.prepack import prepack_bundle
 from bar_edge.runtime.engines import Batch
 from bar_edge.runtime.engines.cuda.compiler import OPTIONS, compile_source
@@ -22,6 +23,7 @@ from bar_edge.runtime.errors import EngineError
 from bar_edge.runtime.noise import SeededNoise
 
 from .emulated_engine import kernel_loop
+from .host import build
 
 STUB = Path(__file__).with_name("driver_stub.cpp")
 SM, MEMORY = 90, 2**30  # of its GPU
@@ -201,6 +203,14 @@ seconds = [figure.seconds for figure in gpu_products.measure(device) if figure]
 device.close()
 print(json.dumps([seconds, held()]))
 """
+TOKEN_FIGURES = """
+import sys
+from pathlib import Path
+from bar_edge.benchmarks import gpu_products, gpu_token
+
+gpu_products._RUNS = gpu_token._REPLAYS = 1
+gpu_token.main([Path(sys.argv[1])], Path(sys.argv[2]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +233,7 @@ def run(host, host_model, tmp_path_factory):
     subprocess.run(["g++", "-std=c++20", "-O1", "-Wall", "-shared", "-fPIC", STUB, "-o", library, "-ldl"], check=True)
     settings = {
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")])),
-        "BAR_EDGE_STUB_KERNELS": f"{host.path}:{host_model.path}",
+        "BAR_EDGE_STUB_KERNELS": f"{host.path}:{host_model.path}:{build(PHASES, folder)}",
     }
 
     def call(*arguments):
@@ -319,6 +329,27 @@ def test_products_are_timed(run):
     seconds, held = json.loads(run("-c", PROGRAM + PRODUCT_FIGURES))
     assert seconds and all(one == pytest.approx(TICK) for one in seconds)  # a product is one kernel
     assert not any(held.values()), held
+
+
+def test_a_token_is_timed_kernel_by_kernel(run, bundle, drawn, tmp_path):
+    made, _ = drawn
+    run("-c", TOKEN_FIGURES, bundle.path, tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    token = report["tokens"][bundle.path.name]
+    launches = np.sum([made[f"seconds_{part}"][0] for part in ("trunk", "head")]) / TICK - 1  # the next token
+    assert token["launches"] == pytest.approx(launches)
+    assert token["seconds"] == pytest.approx(launches * TICK)
+    layers, passes = bundle.spec.num_layers, len(bundle.recipe.allocation)
+    by_kernel = {one["kernel"]: one for one in token["kernels"] if not one["layer"]}
+    assert {name: by_kernel[name]["launches"] for name in ("attend_step", "sample_pass", "place_token")} == {
+        "attend_step": layers, "sample_pass": passes, "place_token": 1,
+    }  # fmt: skip
+    for one in token["kernels"]:
+        assert one["seconds"] == pytest.approx(one["launches"] * TICK), one
+        assert bool(one["weight_bytes"]) == bool(one["layer"])
+    assert sum(one["launches"] for one in token["kernels"]) == token["launches"]
+    assert report["phases"][LAUNCH] == report["phases"][PROGRAMMATIC] == pytest.approx(TICK)
+    assert "COOPERATIVE_LAUNCH_TOO_LARGE" in report["phases"][BARRIER]
 
 
 def test_what_is_tested_on_real_hardware_passes(run):
