@@ -1,13 +1,14 @@
 """The self-test passes on a sound bundle and fails on anything else, in one sentence."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from bar_edge.runtime import selftest
+from bar_edge.runtime import selftest, weights
 from bar_edge.runtime.bundle import SELFTEST
 from bar_edge.runtime.errors import BundleError
 from bar_edge.runtime.generator import Generator
@@ -16,7 +17,7 @@ from bar_edge.runtime.generator import Generator
 def test_a_fresh_bundle_passes(golden):
     found = selftest.run(golden.runtime)
     assert found.passed
-    assert (found.engine, found.differing_bits, found.first_differing_token) == ("onnxruntime", 0, None)
+    assert (found.engine, found.differing_bits, found.first_differing_cell) == ("onnxruntime", 0, None)
     assert found.total_bits == golden.spec.image_seq_len * golden.spec.token_size
     assert found.latent_error < 1e-4 and found.pixel_error <= 1
     assert found.sentence.startswith(f"all {found.total_bits} bits equal")
@@ -25,6 +26,37 @@ def test_a_fresh_bundle_passes(golden):
 
 def test_the_demo_passes(digits):
     assert selftest.run(digits.runtime).passed
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8-weight", "int4-weight"])
+def test_another_cpus_sums_do_not_fail_a_quantized_bundle(digits, precision, tmp_path, reseal):
+    """Floats moved by 1e-6 stand in for a CPU that adds in another order: activations reach the next integer."""
+    moved, rng = tmp_path / "moved", np.random.default_rng(0)
+    shutil.copytree(digits.quantized(precision).path, moved)
+    file = moved / weights.FILE_NAME
+    for place in weights.read_places(file).values():
+        if place.dtype == np.float32:
+            values = np.memmap(file, np.float32, "r+", place.offset, place.shape)
+            values *= 1 + 1e-6 * rng.standard_normal(place.shape).astype(np.float32)
+            values.flush()
+    reseal(moved)
+    with Generator(moved, threads=1) as runtime:
+        found = selftest.run(runtime)
+    assert found.passed, found.sentence
+    assert found.latent_error > 1e-4  # or nothing was moved that counts
+
+
+def test_a_quantized_bundle_whose_positions_are_off_by_one_fails(digits, tmp_path, reseal):
+    changed = tmp_path / "changed"
+    shutil.copytree(digits.quantized("int8").path, changed)
+    file = changed / weights.FILE_NAME
+    place = weights.read_places(file)["pos_embed"]
+    values = np.memmap(file, np.float32, "r+", place.offset, place.shape)
+    values[:] = np.roll(values, 1, axis=0)
+    values.flush()
+    reseal(changed)
+    with Generator(changed, threads=1) as runtime:
+        assert not selftest.run(runtime).passed
 
 
 @pytest.fixture
@@ -54,7 +86,7 @@ def test_a_changed_bit_fails_and_is_named(altered):
 
     found = altered(change)
     assert not found.passed
-    assert (found.differing_bits, found.total_bits, found.first_differing_token) == (1, 96, 7)
+    assert (found.differing_bits, found.total_bits, found.first_differing_cell) == (1, 96, 7)
     assert "1 of 96 bits differ, the first in grid cell 7" in found.sentence
 
 
