@@ -18,9 +18,9 @@ from bar_edge.calibration.probe import linear_layers
 from bar_edge.calibration.quantize import quantizable, to_blocks
 from bar_edge.calibration.quantizer import write_weights
 from bar_edge.export.graphs import build_graphs
-from bar_edge.export.linear import INT8_WEIGHT
 from bar_edge.runtime import weights
 from bar_edge.runtime.bundle import SELFTEST, Bundle, publish, write_manifest
+from bar_edge.runtime.precisions import INT8_WEIGHT
 
 _BITS, _ZERO_POINT = 8, 0x80
 

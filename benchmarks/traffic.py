@@ -15,13 +15,14 @@ from bar_edge.runtime.engines.cuda.graphs import ITEMSIZE
 from bar_edge.runtime.engines.cuda.resident import NAME as CUDA
 from bar_edge.runtime.errors import CompatibilityError
 from bar_edge.runtime.inspection import bytes_per_token
+from bar_edge.runtime.precisions import WEIGHT_TENSORS
 from bar_edge.runtime.spec import ModelSpec, Recipe
 from bar_edge.runtime.weights import StoredTensor
 
 _CACHE_ITEM = 4  # bytes: ONNX Runtime keeps an fp32 cache
 _HEAD, _HEAD_MODULATION = "lm_head.", "adaLN_modulation"
 _DECODER = ("decoder.", "quantize.")
-_PARTS = (".weight", ".weight_int8", ".weight_blocks8", ".weight_blocks4")
+_MATRICES = tuple(f".{tensor}" for tensor in WEIGHT_TENSORS.values())
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,6 @@ def _prepacked_weights(places: Mapping[str, StoredTensor], account: Mapping[str,
 
 def _weights(name: str, place: StoredTensor) -> int:
     """Elements of a weight matrix, 0 for anything else."""
-    if len(place.shape) < 2 or not name.endswith(_PARTS):
+    if len(place.shape) < 2 or not name.endswith(_MATRICES):
         return 0
     return place.length // place.dtype.itemsize * (2 if name.endswith("blocks4") else 1)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
+
+from bar_edge.runtime.engines.onnxruntime import library
 
 CNN, REAL = "digits_cnn.onnx", "digits_real.npz"
 _BATCH = 256
@@ -40,7 +41,7 @@ def judge(pixels: NDArray[np.uint8], class_ids: NDArray[np.int64], folder: Path)
 
 def run_cnn(path: Path, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Logits [B, classes] and features [B, n]."""
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = library().InferenceSession(path, providers=["CPUExecutionProvider"])
     parts = [session.run(None, {"pixels": pixels[i : i + _BATCH]}) for i in range(0, len(pixels), _BATCH)]
     logits, features = (np.concatenate(values) for values in zip(*parts, strict=True))
     return logits, features

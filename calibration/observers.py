@@ -153,11 +153,13 @@ def to_arrays(stats: InputStats) -> dict[str, NDArray[Any]]:
 
 
 def from_arrays(layer: str, arrays: dict[str, NDArray[Any]]) -> InputStats:
-    """Inverse of `to_arrays`. Raises KeyError or ValueError for arrays that do not fit together."""
+    """Inverse of `to_arrays`. Raises KeyError or ValueError for arrays that do not fit together or are not finite."""
     stats = InputStats(layer, len(arrays["channel_max"]))
     sizes, rows = arrays["stratum_sizes"], arrays["rows"]
     if rows.shape != (int(sizes.sum()), len(stats.channel_max)) or arrays["channel_square"].shape != rows.shape[1:]:
         raise ValueError(f"the arrays of {layer} do not fit together")
+    if not all(np.isfinite(arrays[name]).all() for name in ("channel_max", "channel_square", "rows")):
+        raise ValueError(f"the arrays of {layer} are not finite")
     stats.channel_max[:] = arrays["channel_max"]
     stats.channel_square[:] = arrays["channel_square"]
     stats.count = int(arrays["count"])

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from bar_edge.calibration import smoothing
 from bar_edge.calibration.observers import LEVELS, InputStats, input_range
-from bar_edge.export.linear import BITS, INT4_WEIGHT, INT8, INT8_WEIGHT
 from bar_edge.runtime.errors import CalibrationError
+from bar_edge.runtime.precisions import BITS, INT4_WEIGHT, INT8, INT8_WEIGHT
 
 Floats = NDArray[np.float32]
 

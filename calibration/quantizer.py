@@ -24,14 +24,14 @@ from bar_edge.calibration.observers import OBSERVERS
 from bar_edge.calibration.probe import ProbeEngine, linear_layers
 from bar_edge.calibration.quality import Recorded, probe, record, teacher_forced
 from bar_edge.calibration.quantize import Choice, choose, quantizable, stored
-from bar_edge.calibration.trajectories import Calibration, make_batch
+from bar_edge.calibration.trajectories import Calibration, check_source, make_batch
 from bar_edge.export.builder import GraphBuilder
 from bar_edge.export.graphs import build_graphs, decode_graph, modulation_graph, step_graph
-from bar_edge.export.linear import BITS, FP16, FP32, INT8
 from bar_edge.runtime import weights
-from bar_edge.runtime.bundle import SELFTEST, Bundle, check_not_compiled, check_output, publish, write_manifest
-from bar_edge.runtime.engines.onnxruntime import Step, cpu_count, load_session
+from bar_edge.runtime.bundle import SELFTEST, Bundle, check_output, publish, write_manifest
+from bar_edge.runtime.engines.onnxruntime import Step, cpu_count, library, load_session
 from bar_edge.runtime.errors import CalibrationError, EngineError
+from bar_edge.runtime.precisions import BITS, FP16, FP32, INT8
 from bar_edge.runtime.sampling import Schedule, sample_token, to_fine_grid, to_uint8
 from bar_edge.runtime.selftest import Record
 from bar_edge.runtime.weights import PendingTensor, StoredTensor
@@ -219,7 +219,7 @@ def check_settings(
 
     Long work asks before it begins.
     """
-    check_not_compiled(source)
+    check_source(source)
     if precision not in PRECISIONS or observer not in OBSERVERS:
         raise CalibrationError(
             f"precision {precision!r} and observer {observer!r}: known are {', '.join(PRECISIONS)} "
@@ -227,8 +227,6 @@ def check_settings(
         )
     if budget is not None and not 0 <= budget <= 1:
         raise CalibrationError(f"the budget is a fraction of flips, 0 to 1, not {budget}")
-    if "quantization" in source.manifest:
-        raise CalibrationError(f"{source.path}: is quantized already; quantize the fp32 bundle it was made from")
     layers = linear_layers(source.spec, weights.read_places(source.path / weights.FILE_NAME))
     known = {layer for group in layers.values() for layer in group}
     if unknown := sorted(set(keep) - known):
@@ -394,9 +392,7 @@ class _Bench:
         return min(times[0]), min(times[1])
 
     def _run(self, graph: str, precisions: Mapping[str, str]) -> Callable[[], Any]:
-        import onnxruntime as ort
-
-        spec, recipe = self._source.spec, self._source.recipe
+        ort, spec, recipe = library(), self._source.spec, self._source.recipe
         build = {"modulation": modulation_graph, "decode": decode_graph}.get(graph, step_graph)
         model = build(GraphBuilder(self._places, precisions, onnxruntime=True), spec).SerializeToString()
         session = load_session(ort, model, self._threads or cpu_count(), self._folder)

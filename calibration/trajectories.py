@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from bar_edge.calibration.observers import InputStats, from_arrays, to_arrays
 from bar_edge.calibration.probe import Inputs, ProbeEngine, ProbeStep
-from bar_edge.runtime.bundle import Bundle
+from bar_edge.runtime.bundle import Bundle, check_not_compiled
 from bar_edge.runtime.engines import Batch
 from bar_edge.runtime.errors import CalibrationError
 from bar_edge.runtime.noise import SeededNoise
@@ -133,12 +133,11 @@ def collect(
     """Stream every linear layer's inputs while `bundle` draws (or follows) the planned images.
 
     `partial` is written after every batch, and is where an interrupted run is taken up again.
-    Raises CalibrationError for a plan that does not fit, a value that is not finite, or too few images.
+    Raises CalibrationError for a plan or bundle that does not fit, a value that is not finite, or too few images;
+    RequestError for a compiled bundle.
     """
-    if not 0 <= plan.seed < 2**63:
-        raise CalibrationError(f"the seed must be between 0 and 2**63 - 1, is {plan.seed}")
-    if plan.images < MINIMUM_IMAGES:
-        raise CalibrationError(f"{plan.images} images are too few to calibrate on; use at least {MINIMUM_IMAGES}")
+    check_source(bundle)
+    _check_plan(plan, bundle.spec, real)
     result = _resume(partial, bundle, plan) or Calibration(bundle.digest, plan)
     spec = bundle.spec
     rng = np.random.default_rng((plan.seed, result.images_done))
@@ -180,6 +179,13 @@ def make_plan(spec: ModelSpec, *, images: int, seed: int, batch_size: int, real:
     return Plan(images, seed, batch_size, class_ids, "trajectories" if real is None else real.digest)
 
 
+def check_source(bundle: Bundle) -> None:
+    """Raise CalibrationError for a quantized bundle, RequestError for a compiled one: neither holds fp32 layers."""
+    check_not_compiled(bundle)
+    if "quantization" in bundle.manifest:
+        raise CalibrationError(f"{bundle.path}: is quantized already; quantize the fp32 bundle it was made from")
+
+
 def make_batch(bundle: Bundle, class_ids: NDArray[np.int64], seed: int, indices: range) -> Batch:
     """A batch with the bundle's recipe, raster order and seeded noise."""
     spec, recipe = bundle.spec, bundle.recipe
@@ -192,6 +198,20 @@ def spread_classes(images: int, num_classes: int) -> tuple[int, ...]:
     if images <= num_classes:
         return tuple(int(c) for c in np.linspace(0, num_classes - 1, images).astype(int))
     return tuple(i % num_classes for i in range(images))
+
+
+def _check_plan(plan: Plan, spec: ModelSpec, real: RealImages | None) -> None:
+    if not 0 <= plan.seed < 2**63:
+        raise CalibrationError(f"the seed must be between 0 and 2**63 - 1, is {plan.seed}")
+    if plan.images < MINIMUM_IMAGES:
+        raise CalibrationError(f"{plan.images} images are too few to calibrate on; use at least {MINIMUM_IMAGES}")
+    if plan.batch_size < 1:
+        raise CalibrationError(f"the batch size must be at least 1, is {plan.batch_size}")
+    if len(plan.class_ids) != plan.images or (real is not None and len(real.bits) != plan.images):
+        followed = "" if real is None else f" and {len(real.bits)} real images"
+        raise CalibrationError(f"{plan.images} images were planned with {len(plan.class_ids)} class ids{followed}")
+    if wrong := [c for c in plan.class_ids if not 0 <= c <= spec.unconditional_class]:
+        raise CalibrationError(f"class {wrong[0]} is not there: this model has classes 0 to {spec.num_classes - 1}")
 
 
 class _Collector:

@@ -25,7 +25,6 @@ from onnx import TensorProto
 
 from bar_edge.export.builder import Device
 from bar_edge.export.device_weights import device_weights, write
-from bar_edge.export.linear import BITS, FP16, FP32
 from bar_edge.export.plan_report import BF16, Program, read_plan
 from bar_edge.export.targets import Target, resolve
 from bar_edge.export.tensorrt_graphs import build_tensorrt_graphs
@@ -38,6 +37,7 @@ from bar_edge.runtime.engines.cuda.profile import Profile
 from bar_edge.runtime.engines.tensorrt import NAME, load_library
 from bar_edge.runtime.errors import CompatibilityError, EngineError, RequestError
 from bar_edge.runtime.inspection import linear_layers
+from bar_edge.runtime.precisions import BITS, FP16, FP32
 from bar_edge.runtime.weights import PendingTensor
 
 Progress = Callable[[str, int, int], None]

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from bar_edge.export.linear import BITS, FP16, FP32
 from bar_edge.runtime import weights
 from bar_edge.runtime.errors import BundleError
+from bar_edge.runtime.precisions import BITS, FP16, FP32
 from bar_edge.runtime.weights import PendingTensor, StoredTensor
 
 FLOATS: dict[int, Any] = {

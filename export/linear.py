@@ -26,9 +26,8 @@ import numpy as np
 import onnx
 
 from bar_edge.export.builder import MICROSOFT, GraphBuilder
+from bar_edge.runtime.precisions import BITS, FP32, INT4_WEIGHT, INT8, INT8_WEIGHT
 
-FP32, FP16, INT8, INT8_WEIGHT, INT4_WEIGHT = "fp32", "fp16", "int8", "int8-weight", "int4-weight"
-BITS = {INT8_WEIGHT: 8, INT4_WEIGHT: 4}
 PRODUCT = ".product"
 
 

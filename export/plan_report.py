@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bar_edge.export.linear import FP16, FP32, INT4_WEIGHT, INT8, INT8_WEIGHT, PRODUCT
+from bar_edge.export.linear import PRODUCT
 from bar_edge.runtime.errors import EngineError
+from bar_edge.runtime.precisions import FP16, FP32, INT4_WEIGHT, INT8, INT8_WEIGHT
 
 BF16 = "bf16"
 _PROGRAM = re.compile(

@@ -27,12 +27,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from bar_edge.export.device_weights import device_weights, write
-from bar_edge.export.linear import FP16, FP32, INT4_WEIGHT, INT8, INT8_WEIGHT
 from bar_edge.runtime import weights
 from bar_edge.runtime.bundle import SELFTEST, Bundle, check_not_compiled, publish, write_manifest
 from bar_edge.runtime.engines.cuda.resident import CHUNK_BYTES, CHUNK_INPUTS, FAMILY, NAME, TILE
 from bar_edge.runtime.errors import CompatibilityError
 from bar_edge.runtime.inspection import engine_sentence, linear_layers
+from bar_edge.runtime.precisions import FP16, FP32, INT4_WEIGHT, INT8, INT8_WEIGHT
 from bar_edge.runtime.weights import PendingTensor
 
 Progress = Callable[[str, int, int], None]

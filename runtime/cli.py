@@ -620,10 +620,11 @@ def _planned(model: str, precisions: set[str]) -> tuple[Any, list[Any]]:
     """The published variant that `model` is, if any, and its workloads: one a precision, or a bundle's own."""
     from bar_edge.runtime import weights, workload
     from bar_edge.runtime.bundle import check_not_compiled
+    from bar_edge.runtime.precisions import PRECISIONS
     from bar_edge.runtime.spec import VARIANTS
 
     if model in VARIANTS:
-        known = [name for name in workload.PRECISIONS if name in precisions]
+        known = [name for name in PRECISIONS if name in precisions]
         return VARIANTS[model], [workload.of_variant(VARIANTS[model], name) for name in known]
     if not Path(model).is_dir():
         raise RequestError(f"{model}: neither a bundle folder nor a published variant ({', '.join(VARIANTS)})")

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bar_edge.runtime.errors import RequestError
-from bar_edge.runtime.workload import FP16, FP32, INT4_WEIGHT, INT8, INT8_WEIGHT
+from bar_edge.runtime.precisions import FP16, FP32, INT4_WEIGHT, INT8, INT8_WEIGHT
 
 NOMINAL_BANDWIDTH_FRACTION = 0.85  # of the peak, streaming weights
 NOMINAL_RATE_FRACTION = 0.5  # of the dense peak, in the products of these sizes

@@ -9,6 +9,7 @@ from typing import Any
 from bar_edge.runtime import weights
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.errors import BundleError
+from bar_edge.runtime.precisions import WEIGHT_TENSORS
 from bar_edge.runtime.spec import VARIANTS
 from bar_edge.runtime.weights import StoredTensor
 
@@ -27,10 +28,7 @@ def bytes_per_token(places: Mapping[str, StoredTensor], passes: int) -> int:
 
 def linear_layers(places: Mapping[str, StoredTensor]) -> dict[str, str]:
     """Every linear layer and what its weights are stored in: fp32, fp16, int8, int8-weight or int4-weight."""
-    stored = {
-        "weight": "fp32", "weight_fp16": "fp16", "weight_int8": "int8",
-        "weight_blocks8": "int8-weight", "weight_blocks4": "int4-weight",
-    }  # fmt: skip
+    stored = {tensor: precision for precision, tensor in WEIGHT_TENSORS.items()}
     layers = {}
     for name, place in places.items():
         layer, _, part = name.rpartition(".")

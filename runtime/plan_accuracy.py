@@ -9,8 +9,9 @@ from typing import Any
 from bar_edge.runtime.devices import Device, device_of
 from bar_edge.runtime.errors import RequestError
 from bar_edge.runtime.planning import BatchCost, memory_bytes
+from bar_edge.runtime.precisions import PRECISIONS
 from bar_edge.runtime.spec import Variant
-from bar_edge.runtime.workload import PRECISIONS, Workload, of_variant
+from bar_edge.runtime.workload import Workload, of_variant
 
 PEAK_MEMORY = "peak_memory"
 TARGET = 0.25  # of relative error, on measured devices

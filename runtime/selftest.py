@@ -5,9 +5,9 @@ that its first head pass makes of it, when no bit is known, image [H, W, 3] uint
 bundle's recipe in raster order.
 
 The engine that recorded it must draw the same bits, if the bundle is one of floats. A compiled engine rounds otherwise,
-as another CPU does with integers (a sum in another order moves an activation to the next integer), and one decision that
-falls the other way changes every token after it; so these are led along the recorded bits (teacher forcing), and each
-decision counts alone.
+as another CPU does with integers (a sum in another order moves an activation to the next integer), and one decision
+that falls the other way changes every token after it; so these are led along the recorded bits (teacher forcing), and
+each decision counts alone.
 """
 
 import io

@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from bar_edge.runtime.bundle import compiled_already
 from bar_edge.runtime.errors import RequestError
 from bar_edge.runtime.inspection import linear_layers
+from bar_edge.runtime.precisions import FP16, FP32, INT4_WEIGHT, INT8, INT8_WEIGHT, WEIGHT_TENSORS
 from bar_edge.runtime.spec import ModelSpec, Recipe, Variant
 from bar_edge.runtime.weights import StoredTensor
-
-FP32, FP16, INT8, INT8_WEIGHT, INT4_WEIGHT = "fp32", "fp16", "int8", "int8-weight", "int4-weight"
-PRECISIONS = (FP32, FP16, INT8, INT8_WEIGHT, INT4_WEIGHT)
 
 DECODER_WIDTH, DECODER_LAYERS = 1024, 24  # of the published tokenizers
 _PADDING = 128  # of SwiGLU's hidden width (docs/model.md section 6)
@@ -115,8 +113,7 @@ def of_bundle(spec: ModelSpec, recipe: Recipe, places: Mapping[str, StoredTensor
         lengths[name.rpartition(".")[0]] += place.length
     layers = {}
     for name, precision in precisions.items():
-        part = {FP32: "weight", INT8: "weight_int8", INT8_WEIGHT: "weight_blocks8", INT4_WEIGHT: "weight_blocks4"}
-        values = math.prod(places[f"{name}.{part[precision]}"].shape)  # 4-bit values lie two in a byte
+        values = math.prod(places[f"{name}.{WEIGHT_TENSORS[precision]}"].shape)  # 4-bit values lie two in a byte
         weights = 2 * values if precision == INT4_WEIGHT else values
         layers[name] = Layer(weights, places[f"{name}.bias"].shape[0], lengths[name], precision)
     share: dict[str, int] = defaultdict(int)

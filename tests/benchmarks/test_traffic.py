@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from bar_edge.benchmarks import traffic
 from bar_edge.runtime import weights
 from bar_edge.runtime.errors import CompatibilityError
 from bar_edge.runtime.inspection import bytes_per_token
+from bar_edge.runtime.precisions import PRECISIONS, WEIGHT_TENSORS
 from bar_edge.runtime.spec import Recipe
 
 
@@ -23,6 +25,14 @@ def test_quantizing_changes_bytes_and_leaves_operations(small):
     assert four.trunk[0] < exact.trunk[0] / 2
     assert four.trunk[1] == pytest.approx(exact.trunk[1], rel=0.2)  # blocks are padded to a whole number
     assert four.head[1] == pytest.approx(exact.head[1], rel=0.2)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_weights_are_counted_however_they_are_stored(precision):
+    items = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}.get(precision, np.uint8)
+    columns = 64 if precision == "int4-weight" else 128  # two values a byte
+    place = weights.StoredTensor(np.dtype(items), (8, columns), 0)
+    assert traffic._weights(f"blocks.0.mlp.w3.{WEIGHT_TENSORS[precision]}", place) == 8 * 128
 
 
 def test_the_reference_reads_more_than_the_bundle(small):

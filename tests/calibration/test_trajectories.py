@@ -333,6 +333,16 @@ def edited_header(**changes: object) -> Callable[[Path], None]:
     return change
 
 
+def not_finite(name: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        with np.load(path) as stored:
+            arrays = dict(stored)
+        arrays[f"blocks.0.attn.qkv/{name}"].flat[0] = np.nan
+        np.savez(path, **arrays)
+
+    return change
+
+
 def cut_member(path: Path) -> None:
     """A whole archive with half an array in it."""
     with zipfile.ZipFile(path) as archive:
@@ -356,6 +366,9 @@ DAMAGES = {
     "another format": edited_header(format=99),
     "no plan": edited_header(plan=None),
     "a plan of another kind": edited_header(plan={"images": 3}),
+    "a range that is not a number": not_finite("channel_max"),
+    "a mean square without bounds": not_finite("channel_square"),
+    "a row that is not a number": not_finite("rows"),
     "a layer that is not there": edited_header(layers=["blocks.77.attn.qkv"]),
 }
 
@@ -396,6 +409,32 @@ def test_flipped_bytes_are_a_calibration_error_or_another_calibration_but_never_
 def test_too_few_images_are_refused(small):
     with pytest.raises(CalibrationError, match="3 images are too few to calibrate on; use at least 4"):
         collect(small.bundle, make_plan(small.spec, images=3, seed=1, batch_size=8))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 0}, "the batch size must be at least 1, is 0"),
+        ({"class_ids": (1, 2, 3)}, "8 images were planned with 3 class ids"),
+        ({"class_ids": (99,) * 8}, "class 99 is not there: this model has classes 0 to"),
+        ({"seed": -1}, "the seed must be between 0 and"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(small, change, message):
+    with pytest.raises(CalibrationError, match=message):
+        collect(small.bundle, replace(small.calibration.plan, **change))
+
+
+def test_other_real_images_than_planned_are_refused(small, real):
+    plan = make_plan(small.spec, images=6, seed=1, batch_size=4, real=real)
+    more = replace(plan, images=9, class_ids=(0,) * 9)
+    with pytest.raises(CalibrationError, match="9 images were planned with 9 class ids and 6 real images"):
+        collect(small.bundle, more, real=real)
+
+
+def test_a_quantized_bundle_is_no_source_of_ranges(small):
+    with pytest.raises(CalibrationError, match="is quantized already; quantize the fp32 bundle it was made from"):
+        collect(small.quantized("int8"), small.calibration.plan)
 
 
 def test_weights_that_are_not_numbers_stop_the_command_by_name(bundle_copy, reseal):

@@ -18,7 +18,6 @@ from bar_edge.calibration.quantizer import quantize_bundle
 from bar_edge.export import compile as compiler
 from bar_edge.export.compile import Builder, check_program, compile_bundle, sentence
 from bar_edge.export.exporter import export_bundle
-from bar_edge.export.linear import BITS
 from bar_edge.export.plan_report import Kernel, Program, read_plan
 from bar_edge.export.targets import RTX_SMS, resolve
 from bar_edge.export.tensorrt_graphs import build_tensorrt_graphs
@@ -29,6 +28,7 @@ from bar_edge.runtime.engines.cuda.profile import Profile
 from bar_edge.runtime.engines.tensorrt import load_library
 from bar_edge.runtime.errors import BundleError, CompatibilityError, EngineError, RequestError
 from bar_edge.runtime.inspection import linear_layers
+from bar_edge.runtime.precisions import BITS
 from bar_edge.runtime.spec import ModelSpec, Recipe
 
 from .conftest import FORMS, MODELS, products_of

@@ -9,10 +9,11 @@ from onnx.reference import ReferenceEvaluator
 
 from bar_edge.calibration.quantize import from_blocks, to_blocks
 from bar_edge.export.device_weights import device_weights, write
-from bar_edge.export.linear import BITS, PRODUCT
+from bar_edge.export.linear import PRODUCT
 from bar_edge.runtime import weights
 from bar_edge.runtime.errors import BundleError
 from bar_edge.runtime.inspection import linear_layers
+from bar_edge.runtime.precisions import BITS
 
 TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16, "fp32": TensorProto.FLOAT}
 STORED = {"fp16": np.dtype(np.float16), "bf16": np.dtype(np.uint16), "fp32": np.dtype(np.float32)}

@@ -7,7 +7,6 @@ import pytest
 from typer.testing import CliRunner
 
 from bar_edge.calibration.quantize import from_blocks
-from bar_edge.export.linear import BITS
 from bar_edge.export.prepack import prepack_bundle, sentence
 from bar_edge.runtime import weights
 from bar_edge.runtime.bundle import SELFTEST, Bundle
@@ -15,6 +14,7 @@ from bar_edge.runtime.cli import app
 from bar_edge.runtime.engines.cuda.resident import CHUNK_INPUTS, TILE, Weights
 from bar_edge.runtime.errors import BundleError, CompatibilityError, RequestError
 from bar_edge.runtime.inspection import linear_layers
+from bar_edge.runtime.precisions import BITS
 
 W12, QKV = "blocks.1.mlp.w12", "blocks.0.attn.qkv"
 

@@ -7,6 +7,7 @@ import signal
 import tracemalloc
 import zipfile
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from bar_edge.runtime import evaluation_set
 from bar_edge.runtime.cli import app
 from bar_edge.runtime.errors import BarEdgeError, RequestError
 from bar_edge.runtime.evaluation_set import EvaluationSet
@@ -300,6 +302,14 @@ def test_damaged_settings_are_refused_by_name(settings, tmp_path, text):
         EvaluationSet.open(tmp_path)
 
 
+def test_settings_of_any_integer_type_are_the_same(patch1, settings):
+    made = EvaluationSettings.of(
+        patch1.bundle, engine="onnxruntime", num=np.int32(NUM), seed=np.uint8(SEED),
+        allocation=np.array(settings.allocation), guidance=np.float32(settings.guidance),
+    )  # fmt: skip
+    assert EvaluationSettings.from_json(made.to_json()) == replace(settings, shard_images=SHARD_IMAGES)
+
+
 def test_settings_come_back(settings):
     for one in (settings, replace(settings, classes=(3, 4))):
         assert EvaluationSettings.from_json(one.to_json()) == one
@@ -319,7 +329,7 @@ def test_a_finished_set_whose_images_were_deleted_is_not_called_finished(setting
         folder.images.mkdir()
         for index in range(settings.num):
             (folder.images / f"{index:06d}.png").touch()
-        folder.samples.touch()
+        folder.samples.write_bytes(bytes(settings.num * settings.image_bytes))
     with EvaluationSet.begin(tmp_path / "set", settings):
         pass
     (folder.images / "000002.png").unlink()
@@ -328,6 +338,36 @@ def test_a_finished_set_whose_images_were_deleted_is_not_called_finished(setting
         EvaluationSet.begin(tmp_path / "set", settings),
     ):
         pass
+
+
+def test_a_finished_set_that_was_truncated_is_not_called_finished(settings, whole, tmp_path):
+    path = shutil.copytree(whole, tmp_path / "set")
+    with EvaluationSet.begin(path, settings) as folder:
+        assert folder.complete
+    with folder.samples.open("r+b") as file:
+        file.truncate(1000)
+    with (
+        pytest.raises(RequestError, match=r"samples\.npz: truncated, 1,000 bytes where the pixels alone are 172,032"),
+        EvaluationSet.begin(path, settings),
+    ):
+        pass
+
+
+def test_what_a_faster_command_began_is_not_written_over(settings, tmp_path, monkeypatch):
+    """The record would be of other images than those that are drawn."""
+    record = tmp_path / "set" / "sampling.json"
+
+    def overtaken(path: Path):
+        record.write_text(replace(settings, seed=8).to_json())
+        return nullcontext()
+
+    monkeypatch.setattr(evaluation_set, "locked", overtaken)
+    with (
+        pytest.raises(RequestError, match="was begun with seed 8, not 7"),
+        EvaluationSet.begin(tmp_path / "set", settings),
+    ):
+        pass
+    assert EvaluationSet.open(tmp_path / "set").settings.seed == 8
 
 
 def test_two_commands_on_one_folder_are_refused(settings, tmp_path):

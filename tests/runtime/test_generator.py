@@ -1,5 +1,7 @@
 """The public class: options, indices, order of events, and refusals."""
 
+import os
+import shutil
 import threading
 
 import numpy as np
@@ -91,6 +93,12 @@ def test_numpy_class_ids_are_taken(bar):
     np.testing.assert_array_equal(bits_of(bar, [np.int64(3), np.int32(1)]), bits_of(bar, [3, 1]))
     np.testing.assert_array_equal(bits_of(bar, np.array([3, 1])), bits_of(bar, [3, 1]))
     np.testing.assert_array_equal(bits_of(bar, range(2)), bits_of(bar, [0, 1]))
+    np.testing.assert_array_equal(bits_of(bar, iter([0, 1])), bits_of(bar, [0, 1]))
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int32, np.uint32, np.int64, np.uint64])
+def test_a_seed_of_any_integer_type_is_the_same_seed(bar, kind):
+    np.testing.assert_array_equal(bits_of(bar, [3], seed=kind(100)), bits_of(bar, [3], seed=100))
 
 
 def test_decoding_given_bits_is_the_decoder_with_clamped_pixels(bar):
@@ -142,6 +150,45 @@ def test_an_error_in_the_callers_progress_ends_the_image_and_leaves_the_generato
     np.testing.assert_array_equal(bits_of(bar, [1], seed=4), expected)
 
 
+@pytest.mark.parametrize("use", [Generator.close, Generator.last_latents])
+def test_a_progress_callback_that_uses_the_generator_is_told_so_and_not_left_waiting(patch1, use):
+    caught = []
+
+    def work() -> None:
+        with (
+            Generator(patch1.bundle, threads=1) as bar,
+            pytest.raises(EngineError, match="own progress callback") as error,
+        ):
+            bar.generate([1], progress=lambda *args: use(bar))
+        caught.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert caught
+
+
+# -- the bundle while it is used ---------------------------------------------------------------------------------------
+
+
+def test_what_was_verified_is_what_draws_whatever_takes_its_place(patch1, small, tmp_path):
+    place = shutil.copytree(patch1.bundle.path, tmp_path / "bundle")
+    with Generator(place, threads=1) as bar:
+        place.rename(tmp_path / "old")
+        shutil.copytree(small.bundle.path, place)
+        np.testing.assert_array_equal(bits_of(bar, [3], seed=1), bits_of(patch1.runtime, [3], seed=1))
+        shutil.rmtree(place)
+        shutil.rmtree(tmp_path / "old")
+        np.testing.assert_array_equal(bits_of(bar, [4], seed=1), bits_of(patch1.runtime, [4], seed=1))
+
+
+def test_the_working_folder_may_change(patch1, bundle_copy, monkeypatch):
+    monkeypatch.chdir(bundle_copy.parent)
+    with Generator(bundle_copy.name, threads=1) as bar:
+        os.chdir("/")
+        np.testing.assert_array_equal(bits_of(bar, [3], seed=1), bits_of(patch1.runtime, [3], seed=1))
+
+
 # -- several threads ---------------------------------------------------------------------------------------------------
 
 
@@ -177,6 +224,15 @@ BAD = {
     "a negative class": ({"class_ids": [-1]}, "class ids: -1 is not"),
     "a fractional class": ({"class_ids": [1.5]}, "class id must be a whole number, is 1.5"),
     "a class name": ({"class_ids": ["cat"]}, "class id must be a whole number, is 'cat'"),
+    "no list of classes": ({"class_ids": 3}, "class ids must be a list of whole numbers or None, is 3"),
+    "a number of images in words": ({"num": "2"}, "num must be a whole number, is '2'"),
+    "a fraction of a batch": ({"batch_size": 2.5}, "batch_size must be a whole number, is 2.5"),
+    "a fraction of a seed": ({"seed": 1.5}, "seed must be a whole number, is 1.5"),
+    "no seed": ({"seed": None}, "seed must be a whole number, is None"),
+    "guidance in words": ({"guidance": "strong"}, "guidance must be a finite number that is not negative, is 'strong'"),
+    "temperatures": ({"temperature": [1, 2]}, "temperature must be a finite number that is not negative, is [1, 2]"),
+    "guidance beyond any float": ({"guidance": 10**400}, "guidance must be a finite number"),
+    "no list of counts": ({"allocation": 6}, "allocation must be a list of whole numbers, is 6"),
     "no image": ({"num": 0}, "num and batch_size must be at least 1, are 0 and 8"),
     "an empty batch": ({"batch_size": 0}, "num and batch_size must be at least 1, are 1 and 0"),
     "a negative seed": ({"seed": -1}, "seed must be between"),
@@ -218,6 +274,13 @@ def test_noise_for_another_number_of_images_is_refused(bar):
         bar.sample(np.array([1, 2]), bar.recipe(), SeededNoise(0, range(3)))
 
 
+@pytest.mark.parametrize("shape", [(16, 6), (1, 16, 6), (2, 16, 5), (3, 16, 6)])
+def test_a_history_of_another_shape_is_refused(bar, shape):
+    history = np.zeros(shape, dtype=np.uint8)
+    with pytest.raises(RequestError, match=r"bits must be 0 or 1 of shape \[2, 16, 6\], got"):
+        bar.sample(np.array([1, 2]), bar.recipe(), SeededNoise(0, range(2)), history=history)
+
+
 @pytest.mark.parametrize("class_id", [-4, -1, 11, 99])
 def test_sampling_a_class_there_is_not_is_refused(bar, class_id):
     with pytest.raises(RequestError, match=str(class_id)):
@@ -240,9 +303,16 @@ def test_an_unknown_engine_is_refused_with_the_known_ones(patch1):
         Generator(patch1.bundle, engine="tpu")
 
 
-def test_negative_threads_are_refused(patch1):
-    with pytest.raises(RequestError, match="threads must not be negative"):
-        Generator(patch1.bundle, threads=-1)
+@pytest.mark.parametrize("threads", [-1, 1025, 10**9])
+def test_threads_that_no_machine_has_are_refused(patch1, threads):
+    with pytest.raises(RequestError, match=rf"threads must be 0, for all cores, to 1024, is {threads}"):
+        Generator(patch1.bundle, threads=threads)
+
+
+@pytest.mark.parametrize("threads", ["2", None, 1.5])
+def test_threads_that_are_no_number_are_refused(patch1, threads):
+    with pytest.raises(RequestError, match="threads must be a whole number"):
+        Generator(patch1.bundle, threads=threads)
 
 
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path):

@@ -111,6 +111,17 @@ def test_both_ends_of_the_seed_range_work(seed):
     assert SeededNoise(seed, [0]).uniforms(1, 1, 4)[0].shape == (1, 1, 1, 4, 2)
 
 
+@pytest.mark.parametrize("seed", [1.5, "1", None])
+def test_a_seed_that_is_no_whole_number_is_refused(seed):
+    with pytest.raises(RequestError, match="seed must be a whole number"):
+        SeededNoise(seed, [0])
+
+
+def test_an_image_index_that_is_no_whole_number_is_refused():
+    with pytest.raises(RequestError, match=r"image index must be a whole number, is 0\.5"):
+        SeededNoise(0, [0.5])
+
+
 def test_gumbel_is_the_formula_of_the_paper_and_finite_at_both_ends():
     u = np.array([0, 2.0**-24, 0.25, 0.5, 0.999, 1 - 2.0**-24], dtype=np.float32)
     found = gumbel(u)

@@ -31,8 +31,9 @@ from bar_edge.runtime.planning import (
     memory_bytes,
     predict,
 )
+from bar_edge.runtime.precisions import FP16, FP32, INT4_WEIGHT, INT8, INT8_WEIGHT, PRECISIONS
 from bar_edge.runtime.spec import VARIANTS
-from bar_edge.runtime.workload import FP16, FP32, INT4_WEIGHT, INT8, INT8_WEIGHT, PRECISIONS, Workload
+from bar_edge.runtime.workload import Workload
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 PARTS = ("trunk", "head_modulation", "head_pass", "modulation", "decoder")
@@ -94,6 +95,16 @@ def test_a_quantized_bundle_counts_the_weights_of_the_fp32_one(small, precision)
         assert sum(layer.outputs for layer in first) == sum(layer.outputs for layer in second)
     assert after.bytes_per_token < before.bytes_per_token
     assert after.stored_bytes == sum(place.length for place in places[1].values())
+
+
+def test_a_layer_kept_in_fp16_counts_half_the_bytes(small):
+    places = weights.read_places(small.bundle.path / weights.FILE_NAME)
+    kept = places.pop("blocks.0.mlp.w12.weight")
+    before = workload.of_bundle(small.spec, small.bundle.recipe, {**places, "blocks.0.mlp.w12.weight": kept})
+    places["blocks.0.mlp.w12.weight_fp16"] = replace(kept, dtype=np.dtype(np.float16))
+    after = workload.of_bundle(small.spec, small.bundle.recipe, places)
+    assert before.bytes_per_token - after.bytes_per_token == kept.length // 2
+    assert [layer.weights for layer in before.trunk] == [layer.weights for layer in after.trunk]
 
 
 @pytest.mark.parametrize("kind", ["chunks", "tables alone"])

@@ -187,9 +187,49 @@ def test_a_graph_the_library_cannot_load_is_an_engine_error_in_one_line(bundle_c
     content = (bundle_copy / "mask_ratio.onnx").read_bytes()
     (bundle_copy / "mask_ratio.onnx").write_bytes(content.replace(b"Gemm", b"Gumm"))
     reseal(bundle_copy)
-    with Generator(bundle_copy, threads=1) as bar, pytest.raises(EngineError, match="cannot load") as caught:
-        bar.generate([1])
+    with pytest.raises(EngineError, match="cannot load") as caught:
+        Generator(bundle_copy, threads=1)
     assert "\n" not in str(caught.value)
+
+
+START_IN_A_NEW_HOME = """
+import os, sys
+os.environ["HOME"] = sys.argv[1]
+for name in ("CI", "XDG_CACHE_HOME", "ORT_DISABLE_TELEMETRY"):
+    os.environ.pop(name, None)
+os.environ.update(entry.split("=") for entry in sys.argv[3:])
+from bar_edge.runtime import Generator
+Generator(sys.argv[2], threads=1).close()
+print(os.environ["ORT_DISABLE_TELEMETRY"])
+"""
+
+
+def test_a_device_reports_to_nobody(python, patch1, tmp_path):
+    """The library's own builds leave an identifier of the device in its home when they report."""
+    done = python(START_IN_A_NEW_HOME, tmp_path, patch1.bundle.path)
+    assert (done.stdout, done.stderr) == ("1\n", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_owner_of_a_device_may_let_it_report(python, patch1, tmp_path):
+    done = python(START_IN_A_NEW_HOME, tmp_path, patch1.bundle.path, "CI=1", "ORT_DISABLE_TELEMETRY=0")
+    assert done.stdout == "0\n"
+
+
+@pytest.mark.parametrize("where", ["make_step", "decode"])
+def test_too_little_memory_is_one_sentence_and_leaves_the_engine_usable(patch1, monkeypatch, where):
+    def fail(*args: object) -> None:
+        raise MemoryError("Unable to allocate 31.6 MiB")
+
+    with Generator(patch1.bundle, threads=1) as bar:
+        expected = bar.generate([1, 2], return_bits=True)[1]
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.OnnxRuntimeEngine, "make_step", fail)
+            if where == "decode":
+                patch.setattr(np, "concatenate", fail)
+            with pytest.raises(EngineError, match=r"too little memory for 3 images at once .*; draw fewer at once"):
+                bar.decode(expected[[0, 1, 0]]) if where == "decode" else bar.generate([1, 2, 3])
+        np.testing.assert_array_equal(bar.generate([1, 2], return_bits=True)[1], expected)
 
 
 def test_cores_are_those_the_process_may_use():

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from bar_edge.calibration.quantize import from_blocks, per_channel, to_blocks
-from bar_edge.export.linear import BITS
 from bar_edge.export.prepack import prepacked
 from bar_edge.runtime.engines.cuda.graphs import Activation, Destination
 from bar_edge.runtime.engines.cuda.module import MODEL, THREADS
+from bar_edge.runtime.precisions import BITS
 from bar_edge.runtime.spec import LAYER_NORM_EPS, RMS_NORM_EPS
 
 from .host import Part, Table
