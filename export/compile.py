@@ -26,16 +26,16 @@ from onnx import TensorProto
 from bar_edge.export.builder import Device
 from bar_edge.export.device_weights import device_weights, write
 from bar_edge.export.plan_report import BF16, Program, read_plan
-from bar_edge.export.targets import Target, resolve
+from bar_edge.export.targets import Target, check_compilable, resolve
 from bar_edge.export.tensorrt_graphs import build_tensorrt_graphs
 from bar_edge.runtime import weights
-from bar_edge.runtime.bundle import SELFTEST, Bundle, check_not_compiled, publish, write_manifest
+from bar_edge.runtime.bundle import SELFTEST, Bundle, publish, write_manifest
 from bar_edge.runtime.engines.cuda import cache
 from bar_edge.runtime.engines.cuda.device import driver_version
 from bar_edge.runtime.engines.cuda.loop import ITEMSIZES, TABLES, buffer_sizes
 from bar_edge.runtime.engines.cuda.profile import Profile
 from bar_edge.runtime.engines.tensorrt import NAME, load_library
-from bar_edge.runtime.errors import CompatibilityError, EngineError, RequestError
+from bar_edge.runtime.errors import EngineError, RequestError
 from bar_edge.runtime.inspection import linear_layers
 from bar_edge.runtime.precisions import BITS, FP16, FP32
 from bar_edge.runtime.weights import PendingTensor
@@ -243,7 +243,7 @@ def check_program(name: str, program: Program, expected: Mapping[str, str]) -> N
 
 
 def _check(source: Bundle, precision: str, batches: tuple[int, ...], keep_onnx: Path | None) -> None:
-    check_not_compiled(source)
+    check_compilable(source)
     if precision not in PRECISIONS:
         raise RequestError(
             f"precision {precision!r}: known are {', '.join(PRECISIONS)}; INT8 and INT4 come from quantize"
@@ -254,10 +254,6 @@ def _check(source: Bundle, precision: str, batches: tuple[int, ...], keep_onnx: 
         raise RequestError(f"{keep_onnx}: lies in {source.path}, which it would spoil; choose another folder")
     if not batches or min(batches) < 1:
         raise RequestError(f"batches must be at least 1, are {', '.join(map(str, batches)) or 'none'}")
-    if source.manifest.get("quantization", {}).get("activations") == "asymmetric":
-        raise CompatibilityError(
-            f"{source.path}: has asymmetric activations, which only ONNX Runtime runs; quantize without --asymmetric"
-        )
 
 
 def _table(array: np.ndarray[Any, Any]) -> PendingTensor:

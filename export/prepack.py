@@ -27,8 +27,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from bar_edge.export.device_weights import device_weights, write
+from bar_edge.export.targets import check_compilable
 from bar_edge.runtime import weights
-from bar_edge.runtime.bundle import SELFTEST, Bundle, check_not_compiled, publish, write_manifest
+from bar_edge.runtime.bundle import SELFTEST, Bundle, publish, write_manifest
 from bar_edge.runtime.engines.cuda.resident import CHUNK_BYTES, CHUNK_INPUTS, FAMILY, NAME, TILE
 from bar_edge.runtime.errors import CompatibilityError
 from bar_edge.runtime.inspection import engine_sentence, linear_layers
@@ -50,7 +51,7 @@ def prepack_bundle(source: Bundle, output: Path, *, force: bool = False, progres
     weights that float16 cannot hold.
     """
     report = progress or (lambda what, done, total: None)
-    _check(source)
+    check_compilable(source)
     precisions = linear_layers(weights.read_places(source.path / weights.FILE_NAME))
     precisions |= dict.fromkeys(_RATIO_LAYERS, FP32)
     tensors, layers = prepacked(weights.open_weights(source.path), precisions)
@@ -140,14 +141,6 @@ def _values(stored: NDArray[Any], form: str) -> NDArray[Any]:
     if form == INT8_WEIGHT:
         return stored.view(np.uint8) ^ 128
     return stored.T if form == INT8 else stored
-
-
-def _check(source: Bundle) -> None:
-    check_not_compiled(source)
-    if source.manifest.get("quantization", {}).get("activations") == "asymmetric":
-        raise CompatibilityError(
-            f"{source.path}: has asymmetric activations, which only ONNX Runtime runs; quantize without --asymmetric"
-        )
 
 
 def _up(count: int, multiple: int) -> int:

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+from bar_edge.runtime.bundle import Bundle, check_not_compiled
+from bar_edge.runtime.engines.cuda.loop import check_bits
 from bar_edge.runtime.engines.tensorrt import LIBRARIES, library_for
-from bar_edge.runtime.errors import EngineError
+from bar_edge.runtime.errors import CompatibilityError, EngineError
 
 RTX_SMS = (80, 86, 89, 120)  # what a TensorRT-RTX plan made here covers
 
@@ -67,3 +69,13 @@ def resolve(name: str, host_sm: int | None) -> Target:
         f"{LIBRARIES['tensorrt']} builds only for the GPU in the machine, and this one {found}; copy the bundle there "
         "and run `bar-edge compile BUNDLE --target host -o OUTPUT` on it"
     )
+
+
+def check_compilable(source: Bundle) -> None:
+    """Raise RequestError or CompatibilityError for a bundle that no GPU engine can be made of."""
+    check_not_compiled(source)
+    check_bits(source.spec)
+    if source.manifest.get("quantization", {}).get("activations") == "asymmetric":
+        raise CompatibilityError(
+            f"{source.path}: has asymmetric activations, which only ONNX Runtime runs; quantize without --asymmetric"
+        )

@@ -1,12 +1,15 @@
 """What a target is built with, and where."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
-from bar_edge.export.targets import DEVICES, NAMES, RTX_SMS, Target, resolve
+from bar_edge.export.targets import DEVICES, NAMES, RTX_SMS, Target, check_compilable, resolve
+from bar_edge.runtime.engines.cuda.compiler import KERNELS
+from bar_edge.runtime.engines.cuda.loop import MAX_BITS
 from bar_edge.runtime.engines.tensorrt import RTX_CAPABILITIES
-from bar_edge.runtime.errors import EngineError
+from bar_edge.runtime.errors import CompatibilityError, EngineError
 
 BUILT_ON_THEMSELVES = ("orin", "h100", "h200", "b200", "thor")
 
@@ -60,3 +63,17 @@ def test_an_unknown_target_is_told_all_that_are_known(name):
 def test_the_library_runs_on_all_that_it_is_asked_to_build_for():
     assert set(RTX_SMS) <= set(RTX_CAPABILITIES)
     assert not {DEVICES[name].sm for name in BUILT_ON_THEMSELVES} & set(RTX_CAPABILITIES)
+
+
+@pytest.mark.parametrize(("bits", "fits"), [(MAX_BITS, True), (MAX_BITS + 1, False)])
+def test_tokens_of_more_bits_than_the_kernels_draw_are_refused(patch1, bits, fits):
+    bundle = replace(patch1.bundle, spec=replace(patch1.spec, token_size=bits, patch_size=1))
+    if fits:
+        check_compilable(bundle)
+        return
+    with pytest.raises(CompatibilityError, match="tokens of this model have 257 bits, GPU engines draw 256 at most"):
+        check_compilable(bundle)
+
+
+def test_the_kernels_have_room_for_as_many_bits():
+    assert f"MAX_BITS = {MAX_BITS};" in KERNELS.read_text()

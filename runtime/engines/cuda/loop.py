@@ -38,6 +38,7 @@ TABLES = (  # what the kernels read, in fp32, by their names in `weights.safeten
     "lm_head.bit_embedding",
     "lm_head.masked_embedding",
 )
+MAX_BITS = 256  # of a token, in kernels.cu
 ITEMSIZES = {"fp16": 2, "bf16": 2, "fp32": 4}  # of modulation, keys and values, by the precision of products
 GRAPHS = ("modulation", "mask_ratio", "prefix", "step", "head_pass", "decode")
 Floats = NDArray[np.float32]
@@ -56,6 +57,15 @@ class Graphs(Protocol):
 
     def close(self) -> None:
         """Release what it holds."""
+
+
+def check_bits(spec: ModelSpec) -> None:
+    """Raise CompatibilityError for tokens of more bits than the kernels that draw them take."""
+    if spec.bits_per_token > MAX_BITS:
+        raise CompatibilityError(
+            f"tokens of this model have {spec.bits_per_token} bits, GPU engines draw {MAX_BITS} at most; use "
+            "--engine onnxruntime"
+        )
 
 
 def buffer_sizes(spec: ModelSpec, profile: Profile, *, itemsize: int, in_place: bool) -> dict[str, int]:
@@ -93,7 +103,11 @@ class Loop:
     """Samples and decodes batches of at most `profile.rows` rows on a device."""
 
     def __init__(self, spec: ModelSpec, tables: Mapping[str, Floats], graphs: Graphs, device: Device) -> None:
-        """Allocates every buffer. Raises EngineError, with the batch that would fit, if memory does not suffice."""
+        """Allocates every buffer. Raises EngineError, with the batch that would fit, if memory does not suffice.
+
+        Raises CompatibilityError for tokens of too many bits.
+        """
+        check_bits(spec)
         self._spec, self._graphs, self._device, self._profile = spec, graphs, device, graphs.profile
         self._row_bytes = spec.head_dim * graphs.itemsize
         # by part of a token and images of a batch: the rows stay, what they mean changes
