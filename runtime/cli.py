@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 out = Console(soft_wrap=True, width=redirected_width(), markup=False)
 _MOST_IMAGES = 2**32 - 1  # of a seed
+_SHEET_IMAGES = 100  # on a contact sheet, which holds them in memory
 
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
@@ -266,25 +267,28 @@ def generate(
             output.mkdir(parents=True, exist_ok=True)
             writing.enter_context(locked(output))
             check_folder(output, force=force)  # someone else may have been faster
-            images, labels, files = [], [], []
+            images: list[Any] = []
+            labels, files = [], []
             for drawn in stream:
                 name = class_name(drawn.class_id, spec)
                 file = output / f"{drawn.index:05d}.png"
                 save_png(
                     drawn.image, file, {**settings, "class_id": drawn.class_id, "class": name, "index": drawn.index}
                 )
-                images.append(drawn.image)
-                labels.append(
-                    name if name == str(drawn.class_id) or drawn.class_id is None else f"{drawn.class_id} {name}"
-                )
                 files.append(str(file))
+                if len(images) < _SHEET_IMAGES:
+                    images.append(drawn.image)
+                    labels.append(
+                        name if name == str(drawn.class_id) or drawn.class_id is None else f"{drawn.class_id} {name}"
+                    )
         sheet = output / "sheet.png"
         save_png(contact_sheet(images, labels, columns_for(len(images), num)), sheet, settings)
     if as_json:
         print(json.dumps({"images": files, "sheet": str(sheet), "settings": settings}))
         return
     out.print(f"engine {bar_generator.engine_name} ({bar_generator.engine_reason})")
-    out.print(f"{len(files)} images in {output}, contact sheet {sheet}")
+    on_sheet = f" of the first {len(images)}" if len(images) < len(files) else ""
+    out.print(f"{len(files)} images in {output}, contact sheet{on_sheet} {sheet}")
 
 
 @app.command()
@@ -401,7 +405,7 @@ def verify(
             if checkpoint.spec != runtime.spec:
                 raise RequestError(f"{against} is not the checkpoint of {bundle}: their shapes differ")
             comparison = _need("bar_edge.export.verification", "export").compare(
-                runtime, checkpoint, images=num, seed=seed
+                runtime, checkpoint, images=num, seed=seed, progress=bar
             )
             facts["against_checkpoint"] = comparison.to_dict()
             passed = passed and comparison.passed

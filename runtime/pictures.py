@@ -52,4 +52,4 @@ def contact_sheet(images: Sequence[Image.Image], labels: Sequence[str], columns:
 
 def columns_for(images: int, per_class: int) -> int:
     """One row per class if a class has several images, otherwise nearly square; never wider than 10."""
-    return min(10, per_class if per_class > 1 else math.ceil(math.sqrt(images)))
+    return min(10, images, per_class if per_class > 1 else math.ceil(math.sqrt(images)))

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bar_edge.export import verification
 from bar_edge.export.verification import compare
 
 
@@ -17,6 +18,23 @@ def test_a_bundle_passes_beside_its_own_checkpoint(golden):
     assert found.latent_error < 1e-4
     assert found.pixel_error <= 1
     assert json.loads(json.dumps(found.to_dict()))["engine"] == "onnxruntime"
+
+
+def test_images_are_compared_a_few_at_a_time_and_none_is_left_out(patch1, monkeypatch):
+    together = compare(patch1.runtime, patch1.checkpoint, images=3, seed=4)
+    told = []
+    monkeypatch.setattr(verification, "_TOGETHER", 2)
+    parts = compare(
+        patch1.runtime,
+        patch1.checkpoint,
+        images=3,
+        seed=4,
+        progress=lambda what, done, total: told.append((done, total)),
+    )
+    assert told == [(0, 3), (2, 3), (3, 3)]
+    assert parts.tokens == together.tokens == 3 * patch1.spec.num_tokens
+    assert parts.closest_decision == pytest.approx(together.closest_decision, rel=1e-2)
+    assert parts.passed
 
 
 def changed(tensors, name, change):

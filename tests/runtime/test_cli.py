@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from bar_edge.benchmarks.random_checkpoint import random_generator, random_tokenizer, write_checkpoint
 from bar_edge.export.exporter import export_bundle
-from bar_edge.runtime import folders, selftest
+from bar_edge.runtime import cli, folders, selftest
 from bar_edge.runtime.bundle import MANIFEST, SELFTEST, Bundle
 from bar_edge.runtime.cli import app
 from bar_edge.runtime.errors import BarEdgeError, BundleError, RequestError
@@ -90,6 +90,16 @@ def test_export_replaces_a_bundle_only_with_force(patch1, bundle_copy):
 
 
 # -- generate ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_contact_sheet_shows_the_first_images_of_many(patch1, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "_SHEET_IMAGES", 2)
+    done = run("generate", patch1.bundle.path, "--class", "1", "--num", "3", "-o", tmp_path / "out")
+    assert names(tmp_path / "out") == ["00000.png", "00001.png", "00002.png", "sheet.png"]
+    with Image.open(tmp_path / "out" / "sheet.png") as sheet, Image.open(tmp_path / "out" / "00000.png") as image:
+        assert 2 * image.width < sheet.width < 3 * image.width
+        assert sheet.height < 2 * image.height
+    assert "3 images in" in done.stdout and "contact sheet of the first 2" in done.stdout
 
 
 def test_generate_writes_images_with_their_settings_and_a_sheet(patch1, tmp_path):
