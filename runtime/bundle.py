@@ -167,13 +167,10 @@ def check_output(output: Path, *, force: bool, sources: Iterable[Path] = ()) -> 
             raise BundleError(f"{output}: is, holds or lies in {source}, which it is made of; choose another folder")
     if output.exists() and not force:
         raise BundleError(f"{output}: exists already; choose another folder or pass --force to replace it")
-    if (
-        force
-        and output.exists()
-        and not (output / MANIFEST).is_file()
-        and (not output.is_dir() or any(output.iterdir()))
-    ):
-        raise BundleError(f"{output}: is not a bundle, so --force will not replace it; remove it by hand")
+    if force and output.exists() and not _replaceable(output):
+        raise BundleError(
+            f"{output}: is not a bundle, or not only one, so --force will not replace it; remove it by hand"
+        )
 
 
 @contextmanager
@@ -210,7 +207,7 @@ def publish(output: Path, needed_bytes: int, *, force: bool, sources: Iterable[P
             output.rename(old)
             try:
                 temporary.rename(output)
-            except OSError:
+            except BaseException:  # an interruption as well
                 old.rename(output)
                 raise
         else:
@@ -228,6 +225,20 @@ def publish(output: Path, needed_bytes: int, *, force: bool, sources: Iterable[P
         shutil.rmtree(temporary, ignore_errors=True)
     if old.exists():
         _remove(old, output)
+
+
+def _replaceable(output: Path) -> bool:
+    """Whether a folder is a bundle, a damaged or older one too, with nothing else in it; or empty."""
+    if not output.is_dir():
+        return False
+    entries = {entry.name for entry in output.iterdir()}
+    if not entries:
+        return True
+    try:
+        manifest = json.loads((output / MANIFEST).read_bytes())
+        return manifest["format"] == FORMAT and entries <= {MANIFEST, *manifest["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _contains(outer: Path, inner: Path) -> bool:

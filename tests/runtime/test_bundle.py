@@ -413,19 +413,35 @@ def test_force_uses_an_empty_folder(tmp_path, patch1):
     assert Bundle.open(output).spec == patch1.spec
 
 
-@pytest.mark.parametrize("kind", ["folder", "file"])
-def test_force_does_not_replace_what_is_no_bundle(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["folder", "file", "another program's manifest", "beside a bundle"])
+def test_force_does_not_replace_what_is_no_bundle(tmp_path, patch1, kind):
     output = tmp_path / "precious"
-    if kind == "folder":
-        output.mkdir()
-        (output / "thesis.txt").write_text("mine")
-    else:
+    if kind == "file":
         output.write_text("mine")
-    with pytest.raises(BundleError, match="is not a bundle, so --force will not replace it"), publish(
+    elif kind == "beside a bundle":
+        with publish(output, 0, force=False) as folder:
+            fill(folder, patch1)
+    else:
+        output.mkdir()
+    if kind == "another program's manifest":
+        (output / MANIFEST).write_text('{"name": "an extension", "files": {"thesis.txt": {}}}')
+    if output.is_dir():
+        (output / "thesis.txt").write_text("mine")
+    with pytest.raises(BundleError, match="is not a bundle, or not only one, so --force will not replace it"), publish(
         output, 0, force=True
     ):  # fmt: skip
         raise AssertionError("not reached")
-    assert (output / "thesis.txt" if kind == "folder" else output).read_text() == "mine"
+    assert (output / "thesis.txt" if output.is_dir() else output).read_text() == "mine"
+
+
+def test_force_replaces_a_damaged_bundle(tmp_path, patch1):
+    output = tmp_path / "bundle"
+    with publish(output, 0, force=False) as folder:
+        fill(folder, patch1, "old")
+    (output / SELFTEST).unlink()
+    with publish(output, 0, force=True) as folder:
+        fill(folder, patch1, "new")
+    assert (output / "data.bin").read_text() == "new"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError, BundleError, MemoryError])
@@ -449,7 +465,8 @@ def test_an_interrupted_replacement_keeps_the_old_bundle(tmp_path, patch1, error
     assert (output / "data.bin").read_text() == "old"
 
 
-def test_a_replacement_that_fails_at_its_last_step_gives_the_old_bundle_back(tmp_path, patch1, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+def test_a_replacement_that_fails_at_its_last_step_gives_the_old_bundle_back(tmp_path, patch1, monkeypatch, error):
     output = tmp_path / "bundle"
     with publish(output, 0, force=False) as folder:
         fill(folder, patch1, "old")
@@ -457,11 +474,11 @@ def test_a_replacement_that_fails_at_its_last_step_gives_the_old_bundle_back(tmp
 
     def failing(self, target):
         if self.name.endswith(".partial"):
-            raise OSError(5, "Input/output error")
+            raise error
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(BundleError, match="Input/output error"), publish(output, 0, force=True) as folder:
+    with pytest.raises((BundleError, KeyboardInterrupt)), publish(output, 0, force=True) as folder:
         fill(folder, patch1, "new")
     assert (output / "data.bin").read_text() == "old"
     assert names(tmp_path) == ["bundle"]
