@@ -52,6 +52,7 @@ class EvaluationSet:
         self.images = path / "images"
         self.samples = path / SAMPLES
         self._partial_samples = path / f".{SAMPLES}.partial"
+        self._partial_settings = path / f".{SETTINGS}.partial"
 
     @classmethod
     @contextmanager
@@ -60,23 +61,15 @@ class EvaluationSet:
 
         Raises RequestError if the folder holds something else, another process is writing it, or the disk is too full.
         """
-        if path.exists() and not path.is_dir():
-            raise RequestError(f"{path}: is a file; choose a folder")
-        file, partial = path / SETTINGS, path / f".{SETTINGS}.partial"
-        if file.exists():
-            cls.open(path)._check_same(settings)
-        elif path.exists() and any(entry != partial for entry in path.iterdir()):
-            raise RequestError(
-                f"{path}: has files but no {SETTINGS}, so it is no evaluation set; choose another folder"
-            )
         folder = cls(path, settings)
+        folder._check_begun()
         folder._check_whole()
         folder._check_disk()
-        if not file.exists():
-            path.mkdir(parents=True, exist_ok=True)
-            partial.write_text(settings.to_json())
-            _publish(partial, file)
+        path.mkdir(parents=True, exist_ok=True)
         with locked(path):
+            if not folder._check_begun():  # again, for another process may have been faster
+                folder._partial_settings.write_text(settings.to_json())
+                _publish(folder._partial_settings, path / SETTINGS)
             folder._remove_partial()  # what a killed run left
             try:
                 yield folder
@@ -218,16 +211,35 @@ class EvaluationSet:
             )
         return np.ascontiguousarray(pixels)
 
-    def _check_same(self, asked: EvaluationSettings) -> None:
-        begun, wanted = asdict(self.settings), asdict(asked)
+    def _check_begun(self) -> bool:
+        """Whether it was begun. Raises RequestError if that was with other settings, or other things are there."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RequestError(f"{self.path}: is a file; choose a folder")
+        there = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
+        if SETTINGS not in there:
+            if there - {self._partial_settings.name}:
+                raise RequestError(
+                    f"{self.path}: has files but no {SETTINGS}, so it is no evaluation set; choose another folder"
+                )
+            return False
+        begun, wanted = asdict(self.open(self.path).settings), asdict(self.settings)
         different = [f"{name} {begun[name]}, not {wanted[name]}" for name in begun if begun[name] != wanted[name]]
         if different:
             raise RequestError(
                 f"{self.path}: was begun with {'; '.join(different)}; give the same options, or choose another folder"
             )
+        return True
 
     def _check_whole(self) -> None:
-        if not (self.complete and self.settings.png):
+        if not self.complete:
+            return
+        found, pixels = self.samples.stat().st_size, self.settings.num * self.settings.image_bytes
+        if found < pixels:
+            raise RequestError(
+                f"{self.samples}: truncated, {found:,} bytes where the pixels alone are {pixels:,}; delete it and run "
+                "the command again to draw them"
+            )
+        if not self.settings.png:
             return
         there = {entry.name for entry in self.images.iterdir()} if self.images.is_dir() else set()
         missing = [index for index in range(self.settings.num) if _png(index) not in there]

@@ -13,7 +13,7 @@ from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.classes import parse_class
 from bar_edge.runtime.errors import RequestError
 from bar_edge.runtime.noise import SeededNoise
-from bar_edge.runtime.spec import Recipe
+from bar_edge.runtime.spec import Recipe, whole_number
 
 SHARD_IMAGES = 128  # what an interruption may cost: minutes on a CPU; a multiple of the usual batch sizes
 
@@ -60,14 +60,13 @@ class EvaluationSettings:
         Raises RequestError for a number, class, seed or recipe that does not fit the model.
         """
         spec = bundle.spec
+        num = whole_number(num, "num")
         if num < 1:
             raise RequestError(f"num must be at least 1, is {num}")
-        SeededNoise(seed, ())  # refuses a seed out of range
-        recipe = Recipe(
-            bundle.recipe.guidance if guidance is None else guidance,
-            bundle.recipe.temperature if temperature is None else temperature,
-            bundle.recipe.allocation if allocation is None else tuple(allocation),
-        ).validated(spec.bits_per_token)
+        seed = SeededNoise(seed, ()).seed  # refuses one out of range
+        recipe = bundle.recipe.overridden(
+            spec.bits_per_token, guidance=guidance, temperature=temperature, allocation=allocation
+        )
         taken = tuple(parse_class(text, spec) for text in classes.split(",")) if classes != "balanced" else ()
         for class_id in taken:
             if not 0 <= class_id < spec.num_classes:

@@ -8,10 +8,10 @@ classes and `num=2`, indices 0 and 1 are the first class. Batch size, threads an
 floating-point ties.
 """
 
-import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -26,9 +26,10 @@ from bar_edge.runtime.engines import Batch
 from bar_edge.runtime.errors import EngineError, RequestError
 from bar_edge.runtime.noise import NoiseSource, SeededNoise
 from bar_edge.runtime.sampling import to_fine_grid, to_raster, to_tokens, to_uint8
-from bar_edge.runtime.spec import Recipe
+from bar_edge.runtime.spec import Recipe, whole_number
 
 DEFAULT_BATCH_SIZE = 8
+_MOST_THREADS = 1024  # far more than help; a slip of the keyboard must not take all that a machine has
 Order = Literal["raster", "random"]
 Progress = Callable[[int, int, int, int], None]
 Bits = NDArray[np.uint8]
@@ -45,7 +46,10 @@ class Drawn:
 
 
 class Generator:
-    """Draws images from a bundle. Usable from several threads: calls are carried out one after the other."""
+    """Draws images from a bundle. Usable from several threads: calls are carried out one after the other.
+
+    The bundle's files are mapped, not copied: replace a bundle that is in use by renaming, never write into its files.
+    """
 
     def __init__(
         self, bundle: Bundle | Path | str, *, engine: str = "auto", threads: int = 0, stream: Any = None
@@ -61,14 +65,16 @@ class Generator:
 
         Raises: BundleError, CompatibilityError, EngineError, RequestError.
         """
-        if threads < 0:
-            raise RequestError(f"threads must not be negative, is {threads}")
+        threads = whole_number(threads, "threads")
+        if not 0 <= threads <= _MOST_THREADS:
+            raise RequestError(f"threads must be 0, for all cores, to {_MOST_THREADS}, is {threads}")
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         name, self.engine_reason = engines.choose(engine, self.bundle)
         self.spec = self.bundle.spec
         self._engine: engines.Engine | None = engines.start(name, self.bundle, threads, stream)
         self.engine_name = name
         self._lock = threading.Lock()
+        self._user: int | None = None  # the thread that holds the lock
 
     def __enter__(self) -> "Generator":
         return self
@@ -80,7 +86,7 @@ class Generator:
 
     def close(self) -> None:
         """Release the engine."""
-        with self._lock:
+        with self._alone():
             if self._engine is not None:
                 self._engine.close()
             self._engine = None
@@ -106,17 +112,19 @@ class Generator:
             guidance, temperature, allocation: the bundle's recipe (the authors' for a published model) unless given.
             order: tokens in raster order, or in a random order of each image's own.
             batch_size: images sampled together; changes speed and memory, not images.
-            progress: called after every token with (images finished, images in all, tokens of this batch done, N).
+            progress: called after every token with (images finished, images in all, tokens of this batch done, N); it
+                cannot use the generator, but raise to stop it.
 
         Raises RequestError, before anything is drawn, for options that do not fit the model.
         """
+        num, batch_size = whole_number(num, "num"), whole_number(batch_size, "batch_size")
         if num < 1 or batch_size < 1:
             raise RequestError(f"num and batch_size must be at least 1, are {num} and {batch_size}")
         if order not in ("raster", "random"):
             raise RequestError(f"order must be raster or random, is {order!r}")
         recipe = self.recipe(guidance, temperature, allocation)
         ids = np.repeat(self._class_ids(class_ids), num)
-        SeededNoise(seed, ())  # refuses a seed out of range
+        seed = SeededNoise(seed, ()).seed  # refuses one out of range
         return self._batches(ids, recipe, seed, order == "random", batch_size, progress)
 
     def generate(
@@ -164,13 +172,15 @@ class Generator:
 
         class_ids [B], C for unconditional -> bits [B, image_seq_len, token_size] uint8 on the fine grid. With `history`
         (bits of the same shape) every token is drawn after those recorded there, not after those just drawn.
+
+        Raises RequestError for class ids, a recipe, noise or a history that do not fit the model or each other.
         """
         batch = self._batch(class_ids, recipe, noise)
         steps = None
         if history is not None:
-            tokens = to_tokens(history, self.spec)
+            tokens = to_tokens(self._bits(history, len(batch.class_ids)), self.spec)
             steps = np.take_along_axis(tokens, batch.orders[:, :, None], axis=1)
-        with self._lock:
+        with self._alone():
             drawn = self._running().sample(batch, progress, steps)  # [B, N, K] by generation step
         return to_fine_grid(to_raster(drawn, batch.orders), self.spec)
 
@@ -183,7 +193,7 @@ class Generator:
     ) -> tuple[NDArray[np.uint8], list[Image.Image]]:
         """As `sample`, and the images of what was drawn, which then never leave the device in between."""
         batch = self._batch(class_ids, recipe, noise)
-        with self._lock:
+        with self._alone():
             drawn, raw = self._running().draw(batch, progress)
         images = [Image.fromarray(pixels) for pixels in to_uint8(raw)]
         return to_fine_grid(to_raster(drawn, batch.orders), self.spec), images
@@ -200,7 +210,7 @@ class Generator:
 
     def last_latents(self) -> NDArray[np.float32]:
         """Latents [rows, W] that conditioned the last token drawn, conditional rows first; for self-tests."""
-        with self._lock:
+        with self._alone():
             return self._running().last_latents()
 
     def first_logits(self) -> NDArray[np.float32]:
@@ -208,7 +218,7 @@ class Generator:
 
         Of a GPU engine. Raises EngineError elsewhere.
         """
-        with self._lock:
+        with self._alone():
             return self._on_device().first_logits()
 
     def images_on_device(self) -> Any:
@@ -216,7 +226,7 @@ class Generator:
 
         Of a GPU engine: an object with `__cuda_array_interface__` and `to_pycuda()`. Raises EngineError elsewhere.
         """
-        with self._lock:
+        with self._alone():
             return self._on_device().images_on_device()
 
     def decode(self, bits: NDArray[np.uint8]) -> list[Image.Image]:
@@ -225,13 +235,8 @@ class Generator:
 
     def decode_raw(self, bits: NDArray[np.uint8]) -> NDArray[np.float32]:
         """As `decode`, but the decoder's output [B, 3, H, W] before clamping."""
-        bits = np.asarray(bits)
-        expected = (self.spec.image_seq_len, self.spec.token_size)
-        if bits.ndim != 3 or bits.shape[1:] != expected or not np.isin(bits, (0, 1)).all():
-            raise RequestError(
-                f"bits must be 0 or 1 of shape [B, {expected[0]}, {expected[1]}], got {list(bits.shape)}"
-            )
-        with self._lock:
+        bits = self._bits(bits)
+        with self._alone():
             return self._running().decode(bits)
 
     def recipe(
@@ -241,23 +246,32 @@ class Generator:
         allocation: Sequence[int] | None = None,
     ) -> Recipe:
         """The bundle's recipe with what is given in its place. Raises RequestError if it does not fit."""
-        recipe = self.bundle.recipe
-        if guidance is not None:
-            recipe = replace(recipe, guidance=float(guidance))
-        if temperature is not None:
-            recipe = replace(recipe, temperature=float(temperature))
-        if allocation is not None:
-            recipe = replace(recipe, allocation=tuple(_integer(count, "allocation") for count in allocation))
-        return recipe.validated(self.spec.bits_per_token)
+        return self.bundle.recipe.overridden(
+            self.spec.bits_per_token, guidance=guidance, temperature=temperature, allocation=allocation
+        )
 
     def _class_ids(self, class_ids: Sequence[int | None]) -> NDArray[np.int64]:
+        try:
+            given = list(class_ids)
+        except TypeError as error:
+            raise RequestError(f"class ids must be a list of whole numbers or None, is {class_ids!r}") from error
         known = self.spec.num_classes
-        ids = [known if c is None else _integer(c, "class id") for c in class_ids]
-        wrong = [i for c, i in zip(class_ids, ids, strict=True) if c is not None and not 0 <= i < known]
+        ids = [known if c is None else whole_number(c, "class id") for c in given]
+        wrong = [i for c, i in zip(given, ids, strict=True) if c is not None and not 0 <= i < known]
         if wrong or not ids:
             found = f"{wrong[0]} is not" if wrong else "none is given"
             raise RequestError(f"class ids: {found}; this model has classes 0 to {known - 1}")
         return np.array(ids, dtype=np.int64)
+
+    def _bits(self, bits: Any, images: int | None = None) -> Bits:
+        """Bits of that many images, checked."""
+        bits = np.asarray(bits)
+        of_image = (self.spec.image_seq_len, self.spec.token_size)
+        fits = bits.ndim == 3 and bits.shape[1:] == of_image and images in (None, len(bits))
+        if not fits or not np.isin(bits, (0, 1)).all():
+            expected = f"[{'B' if images is None else images}, {of_image[0]}, {of_image[1]}]"
+            raise RequestError(f"bits must be 0 or 1 of shape {expected}, got {list(bits.shape)}")
+        return np.asarray(bits, dtype=np.uint8)
 
     def _known(self, class_ids: NDArray[Any]) -> bool:
         return bool(((class_ids >= 0) & (class_ids <= self.spec.unconditional_class)).all()) and len(class_ids) > 0
@@ -268,14 +282,22 @@ class Generator:
             raise EngineError(f"{self.engine_name} keeps nothing in device memory")
         return engine
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other threads out. Raises EngineError in a thread that is within already: it would wait for itself."""
+        if self._user == threading.get_ident():
+            raise EngineError(
+                "this generator is drawing and cannot be used from its own progress callback or a signal handler; "
+                "raise an exception there to stop it"
+            )
+        with self._lock:
+            self._user = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._user = None
+
     def _running(self) -> engines.Engine:
         if self._engine is None:
             raise EngineError("this generator is closed")
         return self._engine
-
-
-def _integer(value: Any, what: str) -> int:
-    try:
-        return operator.index(value)
-    except TypeError as error:
-        raise RequestError(f"{what} must be a whole number, is {value!r}") from error

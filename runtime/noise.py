@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bar_edge.runtime.errors import RequestError
+from bar_edge.runtime.spec import whole_number
 
 Floats = NDArray[np.float32]
 
@@ -56,16 +57,17 @@ def philox(counter: Sequence[NDArray[np.uint64] | np.uint64], seed: int) -> NDAr
 
 @dataclass(frozen=True)
 class SeededNoise:
-    """Noise of the images with the given indices under one seed."""
+    """Noise of the images with the given indices under one seed, of any integer type."""
 
     seed: int
     image_indices: Sequence[int]
     random_order: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", whole_number(self.seed, "seed"))  # Philox splits 64 bits, whatever its type
         if not 0 <= self.seed < 2**64:
             raise RequestError(f"seed must be between 0 and 2**64 - 1, is {self.seed}")
-        if any(not 0 <= index < 2**32 for index in self.image_indices):
+        if any(not 0 <= whole_number(index, "image index") < 2**32 for index in self.image_indices):
             raise RequestError("image indices must be between 0 and 2**32 - 1")
 
     @property

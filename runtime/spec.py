@@ -6,6 +6,7 @@ K bits per token, F prefix length, W head width, S head passes per token. Plain 
 
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -99,6 +100,45 @@ class Recipe:
             if not math.isfinite(value) or value < 0:
                 raise RequestError(f"{name} must be a finite number that is not negative, is {value}")
         return self
+
+    def overridden(
+        self,
+        bits_per_token: int,
+        *,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        allocation: Sequence[int] | None = None,
+    ) -> "Recipe":
+        """With what is given in its place. Raises RequestError if that cannot be sampled with K bits per token."""
+        return Recipe(
+            self.guidance if guidance is None else _number(guidance, "guidance"),
+            self.temperature if temperature is None else _number(temperature, "temperature"),
+            self.allocation if allocation is None else whole_numbers(allocation, "allocation"),
+        ).validated(bits_per_token)
+
+
+def whole_number(value: Any, what: str) -> int:
+    """`value`, of any integer type, as int. Raises RequestError for anything else."""
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise RequestError(f"{what} must be a whole number, is {value!r}") from error
+
+
+def whole_numbers(values: Any, what: str) -> tuple[int, ...]:
+    """Likewise, of several."""
+    try:
+        listed = list(values)
+    except TypeError as error:
+        raise RequestError(f"{what} must be a list of whole numbers, is {values!r}") from error
+    return tuple(whole_number(value, what) for value in listed)
+
+
+def _number(value: Any, what: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RequestError(f"{what} must be a finite number that is not negative, is {value!r}") from error
 
 
 def check_allocation(allocation: Sequence[int], bits_per_token: int) -> None:

@@ -10,6 +10,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -45,7 +46,7 @@ Floats = NDArray[np.float32]
 def status() -> tuple[bool, str]:
     """(usable, versions or reason)."""
     try:
-        ort = _library()
+        ort = library()
     except EngineError as error:
         return False, str(error)
     int8 = "" if exact_int8_products() else "; no VNNI instructions, so quantized bundles are refused"
@@ -62,7 +63,9 @@ def start(bundle: Bundle, threads: int, stream: Any = None) -> "OnnxRuntimeEngin
             f"{bundle.path}: has static INT8 layers, and this processor has no VNNI instructions, without which ONNX "
             "Runtime's INT8 products saturate silently; run the fp32 bundle here"
         )
-    return OnnxRuntimeEngine(bundle, threads)
+    engine = OnnxRuntimeEngine(bundle, threads)
+    engine.load()
+    return engine
 
 
 def cpu_count() -> int:
@@ -83,29 +86,36 @@ def exact_int8_products() -> bool:
 
 
 class OnnxRuntimeEngine:
-    """Samples and decodes with ONNX Runtime on the CPU. Sessions start when they are first needed."""
+    """Samples and decodes with ONNX Runtime on the CPU. Sessions start with `load`, or when they are first needed."""
 
     name = NAME
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
         self.spec = bundle.spec
-        self._ort = _library()
+        self._ort = library()
         self._threads = threads or cpu_count()
         self._sessions: dict[str, Any] = {}
         self._step: Step | None = None
         self._modulation: _Modulation | None = None
         self._paths = {graph: bundle.graph(graph) for graph in (_MODULATION, _MASK_RATIO, _STEP, _DECODE)}
 
+    def load(self) -> None:
+        """Start every session: later, the files might be other ones than those that were verified."""
+        for graph in self._paths:
+            self._session(graph)
+
     def sample(
         self, batch: Batch, progress: TokenProgress | None = None, history: NDArray[np.uint8] | None = None
     ) -> NDArray[np.uint8]:
         spec = self.spec
-        drawn = np.empty((len(batch.class_ids), spec.num_tokens, spec.bits_per_token), dtype=np.uint8)
-        for n, step in self.walk(batch, history):
-            step.run()
-            drawn[:, n] = step.drawn
-            if progress is not None:
-                progress(n + 1, spec.num_tokens)
+        images = len(batch.class_ids)
+        drawn = np.empty((images, spec.num_tokens, spec.bits_per_token), dtype=np.uint8)
+        with _enough_memory(images):
+            for n, step in self.walk(batch, history):
+                step.run()
+                drawn[:, n] = step.drawn
+                if progress is not None:
+                    progress(n + 1, spec.num_tokens)
         return drawn
 
     def draw(self, batch: Batch, progress: TokenProgress | None = None) -> tuple[NDArray[np.uint8], Floats]:
@@ -161,11 +171,12 @@ class OnnxRuntimeEngine:
         if not len(bits):
             return np.empty((0, 3, size, size), dtype=np.float32)
         session = self._session(_DECODE)
-        parts = [
-            session.run(None, {"bits": bits[i : i + _DECODE_IMAGES].astype(np.float32)})[0]
-            for i in range(0, len(bits), _DECODE_IMAGES)
-        ]
-        return np.concatenate(parts)
+        with _enough_memory(len(bits)):
+            parts = [
+                session.run(None, {"bits": bits[i : i + _DECODE_IMAGES].astype(np.float32)})[0]
+                for i in range(0, len(bits), _DECODE_IMAGES)
+            ]
+            return np.concatenate(parts)
 
     def close(self) -> None:
         self._step = self._modulation = None
@@ -355,7 +366,21 @@ def load_session(ort: ModuleType, model: Path | bytes, threads: int, folder: Pat
         raise EngineError(f"onnxruntime {ort.__version__} cannot load {name}: {str(error).splitlines()[0]}") from error
 
 
-def _library() -> ModuleType:
+@contextmanager
+def _enough_memory(images: int) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise EngineError(f"too little memory for {images} images at once ({error}); draw fewer at once") from error
+
+
+def library() -> ModuleType:
+    """The module `onnxruntime`. Raises EngineError if it is not installed or too old.
+
+    From 1.29 on its own builds report sessions to their maker unless this is set before it is imported; a device that
+    runs a bundle reports to nobody unless its owner says so (`ORT_DISABLE_TELEMETRY=0`).
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         ort = import_module("onnxruntime")
     except ImportError as error:
