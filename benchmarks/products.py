@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import typer
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
@@ -23,7 +22,7 @@ from rich.table import Table
 
 from bar_edge.benchmarks.contenders import Machine
 from bar_edge.benchmarks.measure import save, stamp
-from bar_edge.runtime.engines.onnxruntime import cpu_count
+from bar_edge.runtime.engines.onnxruntime import cpu_count, library
 from bar_edge.runtime.tables import redirected_width
 from bar_edge.runtime.terminal import run_function
 
@@ -99,6 +98,7 @@ def weights_per_second(form: str, shape: tuple[int, int], threads: int) -> dict[
     model = helper.make_model(
         helper.make_graph(nodes, "products", inputs, outputs, initializers), opset_imports=opsets, ir_version=10
     )
+    ort = library()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

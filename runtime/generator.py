@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,6 +127,16 @@ class Generator:
         seed = SeededNoise(seed, ()).seed  # refuses one out of range
         return self._batches(ids, recipe, seed, order == "random", batch_size, progress)
 
+    @overload
+    def generate(
+        self, class_ids: Sequence[int | None], *, return_bits: Literal[False] = False, **options: Any
+    ) -> list[Image.Image]: ...
+
+    @overload
+    def generate(
+        self, class_ids: Sequence[int | None], *, return_bits: Literal[True], **options: Any
+    ) -> tuple[list[Image.Image], Bits]: ...
+
     def generate(
         self, class_ids: Sequence[int | None], *, return_bits: bool = False, **options: Any
     ) -> list[Image.Image] | tuple[list[Image.Image], Bits]:
@@ -229,12 +239,18 @@ class Generator:
         with self._alone():
             return self._on_device().images_on_device()
 
-    def decode(self, bits: NDArray[np.uint8]) -> list[Image.Image]:
-        """Bits [B, image_seq_len, token_size] of the fine grid (0 or 1) -> RGB images."""
+    def decode(self, bits: Any) -> list[Image.Image]:
+        """Bits [B, image_seq_len, token_size] of the fine grid (0 or 1) -> RGB images.
+
+        A GPU engine also takes them as float32 in device memory (PyCUDA, PyTorch, CuPy), unchecked.
+        """
         return [Image.fromarray(pixels) for pixels in to_uint8(self.decode_raw(bits))]
 
-    def decode_raw(self, bits: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def decode_raw(self, bits: Any) -> NDArray[np.float32]:
         """As `decode`, but the decoder's output [B, 3, H, W] before clamping."""
+        if hasattr(bits, "__cuda_array_interface__"):
+            with self._alone():
+                return self._on_device().decode(bits)
         bits = self._bits(bits)
         with self._alone():
             return self._running().decode(bits)

@@ -75,6 +75,9 @@ class OnDevice(Protocol):
     def images_on_device(self) -> Any:
         """The images [B, 3, H, W] drawn last (`cuda/device.py`, DeviceArray)."""
 
+    def decode(self, bits: Any) -> NDArray[np.float32]:
+        """`Engine.decode`, also of a dense float32 array in device memory, through `__cuda_array_interface__`."""
+
 
 @dataclass(frozen=True)
 class Status:

@@ -3,13 +3,14 @@
 import os
 import shutil
 import threading
+from typing import ClassVar
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from bar_edge.export.model import generate_bits
-from bar_edge.runtime import Drawn, Generator
+from bar_edge.runtime import Drawn, Generator, engines
 from bar_edge.runtime.errors import BundleError, EngineError, RequestError
 from bar_edge.runtime.noise import SeededNoise
 from bar_edge.runtime.sampling import to_fine_grid, to_uint8
@@ -99,6 +100,13 @@ def test_numpy_class_ids_are_taken(bar):
 @pytest.mark.parametrize("kind", [np.int8, np.int32, np.uint32, np.int64, np.uint64])
 def test_a_seed_of_any_integer_type_is_the_same_seed(bar, kind):
     np.testing.assert_array_equal(bits_of(bar, [3], seed=kind(100)), bits_of(bar, [3], seed=100))
+
+
+@pytest.mark.parametrize("random_order", [False, True])
+def test_led_along_its_own_bits_an_image_comes_out_again(bar, random_order):
+    classes, noise = np.array([4, 5]), SeededNoise(3, [0, 1], random_order)
+    bits = bar.sample(classes, bar.recipe(), noise)
+    np.testing.assert_array_equal(bar.sample(classes, bar.recipe(), noise, history=bits), bits)
 
 
 def test_decoding_given_bits_is_the_decoder_with_clamped_pixels(bar):
@@ -215,6 +223,58 @@ def test_two_threads_get_what_one_would_get(bar):
         np.testing.assert_array_equal(bits, wanted[seed, n])
 
 
+class Shared:
+    """An engine whose first call waits a moment for another to come in: `together` tells whether one did."""
+
+    def __init__(self, spec) -> None:
+        self.spec, self.together = spec, False
+        self.busy, self.joined = threading.Event(), threading.Event()
+
+    def sample(self, batch, progress=None, history=None):
+        if self.busy.is_set():
+            self.joined.set()
+        else:
+            self.busy.set()
+            self.together = self.joined.wait(0.2)
+        return np.zeros((len(batch.class_ids), self.spec.num_tokens, self.spec.bits_per_token), dtype=np.uint8)
+
+    def draw(self, batch, progress=None):
+        return self.sample(batch), self.decode(batch.class_ids)
+
+    def decode(self, bits):
+        self.joined.set()
+        return np.zeros((len(bits), 3, self.spec.image_size, self.spec.image_size), dtype=np.float32)
+
+    def last_latents(self):
+        self.joined.set()
+        return np.zeros((1, self.spec.head_width), dtype=np.float32)
+
+    def close(self) -> None:
+        self.joined.set()
+
+
+CALLS = {
+    "sample": lambda bar: bar.sample(np.array([1]), bar.recipe(), SeededNoise(0, [0])),
+    "draw": lambda bar: bar.draw(np.array([1]), bar.recipe(), SeededNoise(0, [0])),
+    "decode": lambda bar: bar.decode(np.zeros((1, 16, 6), dtype=np.uint8)),
+    "last_latents": Generator.last_latents,
+    "close": Generator.close,
+}
+
+
+@pytest.mark.parametrize("second", CALLS)
+def test_a_call_waits_until_that_of_another_thread_is_done(patch1, monkeypatch, second):
+    engine = Shared(patch1.spec)
+    monkeypatch.setattr(engines, "start", lambda *arguments: engine)
+    bar = Generator(patch1.bundle)
+    thread = threading.Thread(target=CALLS["sample"], args=(bar,))
+    thread.start()
+    assert engine.busy.wait(30)
+    CALLS[second](bar)
+    thread.join()
+    assert engine.joined.is_set() and not engine.together
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
@@ -285,6 +345,37 @@ def test_a_history_of_another_shape_is_refused(bar, shape):
 def test_sampling_a_class_there_is_not_is_refused(bar, class_id):
     with pytest.raises(RequestError, match=str(class_id)):
         bar.sample(np.array([3, class_id]), bar.recipe(), SeededNoise(0, [0, 1]))
+
+
+class InDeviceMemory:
+    """Bits of somebody's array on a GPU."""
+
+    __cuda_array_interface__: ClassVar = {"shape": (1, 16, 6), "typestr": "<f4", "data": (4096, False), "version": 3}
+
+
+def test_bits_in_device_memory_reach_a_gpu_engine_as_they_are(patch1, monkeypatch):
+    given, made = [], np.zeros((1, 3, 8, 8), dtype=np.float32)
+
+    class OnGpu:
+        first_logits = images_on_device = print
+
+        def decode(self, bits):
+            given.append(bits)
+            return made
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(engines, "start", lambda *_: OnGpu())
+    bits = InDeviceMemory()
+    with Generator(patch1.bundle) as runtime:
+        assert runtime.decode_raw(bits) is made and given == [bits]
+        assert np.asarray(runtime.decode(bits)[0]).shape == (8, 8, 3)
+
+
+def test_bits_in_device_memory_are_refused_by_an_engine_on_the_cpu(patch1):
+    with pytest.raises(EngineError, match="onnxruntime keeps nothing in device memory"):
+        patch1.runtime.decode(InDeviceMemory())
 
 
 def test_a_closed_generator_says_so(patch1):
