@@ -26,7 +26,7 @@ import onnx
 
 from bar_edge.export.builder import MICROSOFT, GraphBuilder
 from bar_edge.export.linear import linear, table_sum
-from bar_edge.runtime.spec import DECODER_HEADS, LAYER_NORM_EPS, RMS_NORM_EPS, ModelSpec
+from bar_edge.runtime.spec import DECODER_HEADS, FIRST_CLASS_SYMBOL, LAYER_NORM_EPS, RMS_NORM_EPS, ModelSpec
 from bar_edge.runtime.weights import StoredTensor
 
 Weights = Mapping[str, StoredTensor]
@@ -64,7 +64,7 @@ def modulation_graph(g: GraphBuilder, spec: ModelSpec, *, probe: bool = False) -
     """
     class_id = g.input("class_id", I64, ["U"], "0..C-1, or C for the unconditional embedding")
     positions = g.input("positions", I64, ["T"], "sequence positions, 0..F+N-1")
-    rows = g.op("Add", class_id, g.constant([3], I64))
+    rows = g.op("Add", class_id, g.constant([FIRST_CLASS_SYMBOL], I64))
     embedding = g.op("Gather", g.weight("symbol_embedding"), rows)  # [U, D]
     steps = g.op("Unsqueeze", g.op("Gather", g.weight("timesteps_embeddings"), positions), g.constant([1], I64))
     m = g.op("Reshape", g.op("Add", steps, embedding), g.constant([-1, spec.hidden_size], I64))  # [T*U, D]

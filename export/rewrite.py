@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from bar_edge.export.checkpoint import Checkpoint
 from bar_edge.runtime.errors import CheckpointError
-from bar_edge.runtime.spec import ModelSpec
 from bar_edge.runtime.weights import PendingTensor
 
 PADDING = 128
@@ -39,11 +38,6 @@ Array = NDArray[np.float32]
 def padded(hidden: int) -> int:
     """The next multiple of 128."""
     return -(-hidden // PADDING) * PADDING
-
-
-def symbol_rows(spec: ModelSpec) -> tuple[int, int]:
-    """Rows of `symbol_embedding` for the sequence's first position and for a generated token."""
-    return spec.num_classes + 4, spec.num_classes + 5
 
 
 class Rewriter:
@@ -68,7 +62,7 @@ class Rewriter:
         spec = self._spec
         d, w, k, rows = spec.hidden_size, spec.head_width, spec.bits_per_token, spec.prefix_length + spec.num_tokens
         add = self._add
-        add("symbol_embedding", (spec.num_classes + 6, d), self._symbol_embedding)
+        add("symbol_embedding", (spec.num_symbols, d), self._symbol_embedding)
         add("bit_embedding", (k, d), lambda: self._trunk_rows()[1])
         for name in ("pos_embed", "target_aware_pos_embed"):
             add(name, (rows, d), lambda name=name: self._get(name)[0, :rows])  # type: ignore[misc]

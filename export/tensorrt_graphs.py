@@ -47,7 +47,7 @@ from bar_edge.export.graphs import (
 )
 from bar_edge.export.linear import linear
 from bar_edge.runtime.engines.cuda.profile import Profile
-from bar_edge.runtime.spec import ModelSpec
+from bar_edge.runtime.spec import FIRST_CLASS_SYMBOL, ModelSpec
 
 _OPERATOR_MULTIPLE = 8  # head sizes for which TensorRT-RTX has a kernel for `Attention`
 _OPERATOR_HEADS = 4  # of all rows together, from which on it has one
@@ -75,7 +75,8 @@ def _modulation(g: GraphBuilder, spec: ModelSpec, profile: Profile) -> onnx.Mode
     pairs, d = profile.modulation_pairs, spec.hidden_size
     class_id = g.input("class_id", I32, [pairs], "0..C-1, or C for the unconditional embedding")
     positions = g.input("positions", I32, [pairs], "sequence position that goes with each class")
-    embedding = g.op("Gather", g.weight("symbol_embedding"), g.op("Add", class_id, g.constant([3], I32)))
+    rows = g.op("Add", class_id, g.constant([FIRST_CLASS_SYMBOL], I32))
+    embedding = g.op("Gather", g.weight("symbol_embedding"), rows)
     m = silu(g, g.op("Add", g.op("Gather", g.weight("timesteps_embeddings"), positions), embedding))  # [P, D]
     shape = g.constant([pairs, 6, d], I64)
     layers = [

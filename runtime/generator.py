@@ -112,8 +112,8 @@ class Generator:
             guidance, temperature, allocation: the bundle's recipe (the authors' for a published model) unless given.
             order: tokens in raster order, or in a random order of each image's own.
             batch_size: images sampled together; changes speed and memory, not images.
-            progress: called after every token with (images finished, images in all, tokens of this batch done, N); it
-                cannot use the generator, but raise to stop it.
+            progress: called after every token, on a GPU after the last one, with (images finished, images in all,
+                tokens of this batch done, N); it cannot use the generator, but raise to stop it.
 
         Raises RequestError, before anything is drawn, for options that do not fit the model.
         """

@@ -18,6 +18,9 @@ LAYER_NORM_EPS = 1e-5
 DECODER_HEADS = 16  # fixed by the authors' decoder, not visible in any tensor
 
 
+FIRST_CLASS_SYMBOL = 3  # row of `symbol_embedding` for class 0; the authors' embeddings begin with three others
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """The shape of one generator and the tokenizer decoder that belongs to it."""
@@ -68,6 +71,21 @@ class ModelSpec:
     def unconditional_class(self) -> int:
         """The class id that selects the unconditional embedding (one past the last class, plus the unused row)."""
         return self.num_classes
+
+    @property
+    def first_position_symbol(self) -> int:
+        """Row of `symbol_embedding` for the sequence's first position."""
+        return self.num_classes + 4
+
+    @property
+    def token_symbol(self) -> int:
+        """Row of `symbol_embedding` for a drawn token, whose bits are added to it."""
+        return self.num_classes + 5
+
+    @property
+    def num_symbols(self) -> int:
+        """Rows of `symbol_embedding`."""
+        return self.num_classes + 6
 
     def to_dict(self) -> dict[str, int]:
         """The fields as JSON-ready numbers."""

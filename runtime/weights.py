@@ -134,7 +134,7 @@ def check_sizes(path: Path, spec: ModelSpec) -> None:
     shapes = {name: place.shape for name, place in read_places(path).items()}
     d, k = spec.hidden_size, spec.bits_per_token
     expected: dict[str, tuple[int, ...]] = {
-        "symbol_embedding": (spec.num_classes + 6, d),
+        "symbol_embedding": (spec.num_symbols, d),
         "bit_embedding": (k, d),
         "pos_embed": (spec.prefix_length + spec.num_tokens, d),
         "lm_head.bit_embedding": (2 * k, spec.head_width),

@@ -203,7 +203,7 @@ def _table_values(spec: ModelSpec) -> int:
     """Values of everything that is not a counted layer: embeddings, positions, norms, the ratio's embedding."""
     d, w, k = spec.hidden_size, spec.head_width, spec.bits_per_token
     positions, cells, decoder = spec.prefix_length + spec.num_tokens, spec.image_seq_len, DECODER_WIDTH
-    trunk = (spec.num_classes + 6 + k + 3 * positions) * d + positions * spec.head_dim
+    trunk = (spec.num_symbols + k + 3 * positions) * d + positions * spec.head_dim
     norms = spec.num_layers * 2 * spec.num_heads * spec.head_dim
     ratio = 256 + 2 * 256 * w + w + w * w + w
     head = (2 * k + 2) * w

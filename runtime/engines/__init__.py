@@ -16,7 +16,7 @@ from bar_edge.runtime.errors import CompatibilityError, EngineError
 from bar_edge.runtime.noise import NoiseSource
 from bar_edge.runtime.spec import Recipe
 
-TokenProgress = Callable[[int, int], None]  # tokens done, tokens in all
+TokenProgress = Callable[[int, int], None]  # tokens done, tokens in all; a GPU engine tells the last one alone
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The ONNX Runtime engine: the CPU default, in place of nothing and needing nothing else.
+"""The ONNX Runtime engine: the default, which needs nothing but the CPU.
 
 One call of the fused step graph per token, bound once to buffers that stay where they are: the KV cache is the same
 memory as input and output. The prefix runs through the same graph, all but its last position at once; the last
@@ -24,7 +24,7 @@ from bar_edge.runtime.engines import Batch, TokenProgress
 from bar_edge.runtime.errors import CompatibilityError, EngineError
 from bar_edge.runtime.noise import gumbel
 from bar_edge.runtime.sampling import Schedule, guidance_at, to_fine_grid, to_raster
-from bar_edge.runtime.spec import ModelSpec
+from bar_edge.runtime.spec import FIRST_CLASS_SYMBOL, ModelSpec
 
 MINIMUM_VERSION = (1, 24)
 NAME = "onnxruntime"
@@ -151,7 +151,7 @@ class OnnxRuntimeEngine:
         for n in range(spec.num_tokens):
             # the position before token n: the end of the prefix, then the token just drawn
             modulation.fill(last_prefix + n, step.modulation)
-            step.symbols[:] = rows[:, None] + 3 if n == 0 else spec.num_classes + 5
+            step.symbols[:] = rows[:, None] + FIRST_CLASS_SYMBOL if n == 0 else spec.token_symbol
             step.positions[:] = last_prefix if n == 0 else targets[:, n - 1]
             step.targets[:] = targets[:, n]
             step.set_filled(last_prefix + n + 1)
@@ -200,8 +200,8 @@ class OnnxRuntimeEngine:
             group = pairs[begin : begin + _PREFIX_ROWS]
             count = len(group)
             prefix = self.make_step(count, count, 1, length)
-            prefix.symbols[:, 0] = spec.num_classes + 4
-            prefix.symbols[:, 1:] = group[:, :1] + 3
+            prefix.symbols[:, 0] = spec.first_position_symbol
+            prefix.symbols[:, 1:] = group[:, :1] + FIRST_CLASS_SYMBOL
             prefix.positions[:] = np.tile(np.arange(length), count)
             prefix.targets[:] = np.repeat(group[:, 1], length)
             of_row = table[:, :, class_of_pair.reshape(-1)[begin : begin + count]]

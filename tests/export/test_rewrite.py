@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bar_edge.export.checkpoint import generator_shapes
-from bar_edge.export.rewrite import NEW_NAMES, PADDING, Rewriter, padded, symbol_rows
+from bar_edge.export.rewrite import NEW_NAMES, PADDING, Rewriter, padded
 from bar_edge.runtime.errors import CheckpointError
 
 EXACT_ENOUGH = {"rtol": 1e-5, "atol": 1e-6}  # float32 sums in another order
@@ -92,7 +92,7 @@ def test_bit_embeddings_add_up_to_the_merged_embedding(golden, rewritten):
     bits = np.random.default_rng(2).integers(0, 2, (7, golden.spec.bits_per_token))
     reference = golden.reference
     expected = reference.input_merge(reference.input_embeddings(torch.from_numpy(bits)).flatten(1)).numpy()
-    _, token = symbol_rows(golden.spec)
+    token = golden.spec.token_symbol
     found = rewritten["symbol_embedding"][token] + bits.astype(np.float32) @ rewritten["bit_embedding"]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -108,7 +108,7 @@ def test_the_heads_bit_embeddings_add_up_for_known_and_masked_bits(golden, rewri
 
 
 def test_symbols_are_the_classes_then_the_first_position_then_a_token(golden, rewritten):
-    first, token = symbol_rows(golden.spec)
+    first, token = golden.spec.first_position_symbol, golden.spec.token_symbol
     table = rewritten["symbol_embedding"]
     assert len(table) == token + 1 == first + 2
     np.testing.assert_array_equal(table[:first], stored(golden, "embeddings.weight"))
@@ -156,9 +156,10 @@ def test_a_value_that_is_not_finite_is_refused_wherever_it_is(patch1, value):
 @pytest.mark.parametrize("where", ["another block", "within a pair"])
 def test_rotary_tables_that_differ_are_refused(patch1, where):
     sound = patch1.checkpoint
-    name = "blocks.2.attn.rope.freqs_cos" if where == "another block" else "blocks.0.attn.rope.freqs_cos"
-    damaged = sound.generator[name].clone()
+    damaged = sound.generator["blocks.0.attn.rope.freqs_cos"].clone()
     damaged[40, 3] += 0.25
-    rewriter = Rewriter(replace(sound, generator={**sound.generator, name: damaged}))
+    blocks = [2] if where == "another block" else range(sound.spec.num_layers)
+    tables = {f"blocks.{i}.attn.rope.freqs_cos": damaged for i in blocks}
+    rewriter = Rewriter(replace(sound, generator={**sound.generator, **tables}))
     with pytest.raises(CheckpointError, match="freqs_cos differs"):
         rewriter.pending["rope_cos"].make()

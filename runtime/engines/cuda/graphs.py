@@ -23,7 +23,7 @@ from bar_edge.runtime.engines.cuda.loop import ALIGNMENT
 from bar_edge.runtime.engines.cuda.module import THREADS, Module
 from bar_edge.runtime.engines.cuda.profile import Profile
 from bar_edge.runtime.engines.cuda.resident import TILE, Layer, Resident, Weights
-from bar_edge.runtime.spec import DECODER_HEADS, ModelSpec
+from bar_edge.runtime.spec import DECODER_HEADS, FIRST_CLASS_SYMBOL, ModelSpec
 
 ITEMSIZE = 2  # of modulation, keys and values, in float16
 _HALF, _FLOAT = 2, 4  # bytes
@@ -31,7 +31,6 @@ BLOCK_ROWS = (16, 32, 64, 128)  # of `few_rows`, the last one of `many_rows`
 _MANY_OUTPUTS = 64  # of a block of `many_rows`
 _WARPS = THREADS // 32
 _QUERIES = 16 * _WARPS  # of a block of `attend_image`
-_FIRST_CLASS = 3  # row of symbol_embedding
 _i32, _f32 = np.int32, np.float32
 Addresses = Mapping[str, Address]
 
@@ -167,7 +166,7 @@ class KernelGraphs:
         tables = (weights["symbol_embedding"], weights["timesteps_embeddings"])
         size = pairs * spec.hidden_size * ITEMSIZE
         inputs = (at["class_id"], at["positions"], *tables, own["input"])
-        sizes = (_i32(pairs), _i32(spec.hidden_size), _i32(_FIRST_CLASS))
+        sizes = (_i32(pairs), _i32(spec.hidden_size), _i32(FIRST_CLASS_SYMBOL))
         written = None  # the scale of what is in own["input"]
         for i in range(spec.num_layers):
             layer = weights.layer(f"{trunk_block(i)}.adaLN_modulation.1")

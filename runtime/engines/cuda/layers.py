@@ -90,7 +90,7 @@ def _table_shapes(spec: ModelSpec, weights: Weights) -> dict[str, tuple[int, ...
     width = weights.features("quantize.out_proj")[1]
     shapes: dict[str, tuple[int, ...]] = {
         "rope_cos": (positions, spec.head_dim // 2), "rope_sin": (positions, spec.head_dim // 2),
-        "timesteps_embeddings": (positions, d), "symbol_embedding": (spec.num_classes + 6, d),
+        "timesteps_embeddings": (positions, d), "symbol_embedding": (spec.num_symbols, d),
         "lm_head.ln_pre.weight": (spec.head_width,), "decoder.class_embedding": (1, width),
         "decoder.positional_embedding": (1 + spec.image_seq_len, width), "decoder.conv_out.weight": (3, 3, 3, 3),
         "decoder.conv_out.bias": (3,),

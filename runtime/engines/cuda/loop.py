@@ -27,7 +27,7 @@ from bar_edge.runtime.engines.cuda.timeline import Timeline
 from bar_edge.runtime.errors import CompatibilityError, EngineError
 from bar_edge.runtime.noise import SeededNoise
 from bar_edge.runtime.sampling import Schedule, guidance_at
-from bar_edge.runtime.spec import ModelSpec, Recipe
+from bar_edge.runtime.spec import FIRST_CLASS_SYMBOL, ModelSpec, Recipe
 
 ALIGNMENT = 256  # of every buffer
 TABLES = (  # what the kernels read, in fp32, by their names in `weights.safetensors`
@@ -305,8 +305,8 @@ class Loop:
         flat = group * length
         for begin in range(0, len(placed.classes), group):
             ids = placed.classes[begin : begin + group]
-            symbols = np.repeat(ids[:, None] + 3, length, axis=1)
-            symbols[:, 0] = spec.num_classes + 4
+            symbols = np.repeat(ids[:, None] + FIRST_CLASS_SYMBOL, length, axis=1)
+            symbols[:, 0] = spec.first_position_symbol
             self._upload("prefix.symbols", symbols)
             self._upload("prefix.own", np.tile(np.arange(length), group))
             self._upload("prefix.targets", np.repeat(placed.first_targets[begin : begin + group], length))
