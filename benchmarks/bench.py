@@ -198,7 +198,7 @@ class Bench:
         for i, (run, worker) in enumerate(running):
             self._progress(f"proving {run.name}, batch {batch_size}", i, len(running))
             try:
-                drawn, seconds = self._warm_up(run, worker, batch_size)
+                drawn, seconds = self._warm_up(worker, batch_size)
                 if reference is None:
                     found = self._proof_of_reference(run, worker)
                     reference = drawn if found.passed else None
@@ -283,7 +283,7 @@ class Bench:
         if run.entrant.kind == "pytorch" and worker.call("spec") != model.spec:
             raise RequestError(f"the checkpoint is not that of {model.path}: their shapes differ; give its own")
 
-    def _warm_up(self, run: _Run, worker: Worker, batch_size: int) -> tuple[Drawn, list[float]]:
+    def _warm_up(self, worker: Worker, batch_size: int) -> tuple[Drawn, list[float]]:
         drawn: Sequence[Drawn] = [
             worker.call("draw", batch_size, self._plan.seed) for _ in range(max(1, self._plan.warmup))
         ]

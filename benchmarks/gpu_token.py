@@ -30,7 +30,7 @@ from bar_edge.benchmarks.measure import Report, save, stamp
 from bar_edge.benchmarks.tables import plain
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines import Batch
-from bar_edge.runtime.engines.cuda.compiler import OPTIONS, compile_source
+from bar_edge.runtime.engines.cuda.compiler import compile_source
 from bar_edge.runtime.engines.cuda.device import Argument, CudaDevice, CudaGraph, Work, load_driver
 from bar_edge.runtime.engines.cuda.engine import CudaEngine
 from bar_edge.runtime.engines.cuda.graphs import Launch
@@ -184,7 +184,7 @@ def measure_phases(device: CudaDevice) -> dict[str, float | str]:
     """
     blocks = device.multiprocessors
     with device.current():
-        module = device.call("cuModuleLoadData", compile_source(PHASES, device.sm, OPTIONS))
+        module = device.call("cuModuleLoadData", compile_source(PHASES, device.sm))
         launch = partial(_launch, device, module)
         even, odd, arrived = (device.allocate(4 * blocks) for _ in range(3))
 

@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from math import prod
@@ -84,12 +84,12 @@ class Resources:
         return found
 
 
-def resources(source: Path, sm: int, options: Sequence[str] = OPTIONS) -> list[Resources]:
+def resources(source: Path, sm: int) -> list[Resources]:
     """What every kernel of a CUDA source takes on compute capability `sm`, in the order of the source.
 
     Raises EngineError if NVRTC is missing, rejects the source, or does not tell of every kernel in it.
     """
-    ptx, log = listing(source, sm, options)
+    ptx, log = listing(source, sm)
     _, *told = _SECTION.split(log)  # name, what is said of it, name, ...
     sections = dict(zip(told[::2], told[1::2], strict=True))
     entries = _ENTRY.findall(ptx)

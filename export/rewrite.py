@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 
 from bar_edge.export.checkpoint import Checkpoint
 from bar_edge.runtime.errors import CheckpointError
+from bar_edge.runtime.spec import padded
 from bar_edge.runtime.weights import PendingTensor
-
-PADDING = 128
 
 NEW_NAMES = {
     "symbol_embedding": "[C+6, D]: embeddings.weight, then cls_token, then a generated token whose bits are all 0",
@@ -33,11 +32,6 @@ NEW_NAMES = {
 }
 
 Array = NDArray[np.float32]
-
-
-def padded(hidden: int) -> int:
-    """The next multiple of 128."""
-    return -(-hidden // PADDING) * PADDING
 
 
 class Rewriter:

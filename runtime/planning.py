@@ -2,7 +2,8 @@
 
 A linear layer takes the longer of reading its weights and multiplying them; the small operations between the layers
 and the waiting between dependent phases come on top. Nothing overlaps across layers. docs/planning.md explains the
-model, its constants and its errors against what was measured.
+model, its constants and its errors against what was measured. Every engine is taken to work in the chunks in which
+the ONNX Runtime engine does.
 """
 
 import math
@@ -11,17 +12,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from bar_edge.runtime.devices import Device
+from bar_edge.runtime.engines.onnxruntime import DECODE_IMAGES, MODULATION_BYTES, PREFIX_ROWS, UNCONDITIONAL_BYTES
 from bar_edge.runtime.errors import RequestError
 from bar_edge.runtime.spec import DECODER_HEADS
 from bar_edge.runtime.workload import Layer, Workload, stored
 
 USABLE_MEMORY = 0.9  # of the device's; the rest is left to the system, nominal
 
-# how the ONNX Runtime engine works, which is taken to hold for every engine (runtime/engines/onnxruntime.py)
-MODULATION_BYTES = 32 * 2**20
-UNCONDITIONAL_BYTES = 256 * 2**20
-PREFIX_ROWS = 4
-DECODE_IMAGES = 8
 _TABLE_COPIES = 3  # a modulation table is computed, transposed and concatenated
 
 

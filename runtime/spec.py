@@ -18,7 +18,13 @@ LAYER_NORM_EPS = 1e-5
 DECODER_HEADS = 16  # fixed by the authors' decoder, not visible in any tensor
 
 
+HIDDEN_MULTIPLE = 128  # of SwiGLU's hidden width, which bundles pad with zeros
 FIRST_CLASS_SYMBOL = 3  # row of `symbol_embedding` for class 0; the authors' embeddings begin with three others
+
+
+def padded(hidden: int) -> int:
+    """A hidden width of SwiGLU as bundles have it: the next multiple of `HIDDEN_MULTIPLE`."""
+    return -(-hidden // HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,10 @@ from bar_edge.runtime.bundle import compiled_already
 from bar_edge.runtime.errors import RequestError
 from bar_edge.runtime.inspection import linear_layers
 from bar_edge.runtime.precisions import FP16, FP32, INT4_WEIGHT, INT8, INT8_WEIGHT, WEIGHT_TENSORS
-from bar_edge.runtime.spec import ModelSpec, Recipe, Variant
+from bar_edge.runtime.spec import ModelSpec, Recipe, Variant, padded
 from bar_edge.runtime.weights import StoredTensor
 
 DECODER_WIDTH, DECODER_LAYERS = 1024, 24  # of the published tokenizers
-_PADDING = 128  # of SwiGLU's hidden width (docs/model.md section 6)
 _BLOCK = 128  # weights that share a scale, in the weight-only precisions
 _WEIGHT_BYTES = {FP32: 4.0, FP16: 2.0, INT8: 1.0, INT8_WEIGHT: 1.0, INT4_WEIGHT: 0.5}
 _SMALLEST_QUANTIZED = 64  # features in and out, below which a layer stays as it is
@@ -156,13 +155,9 @@ def _layer(out: int, in_features: int, precision: str) -> Layer:
     return Layer(out * in_features, out, round(size), precision)
 
 
-def _padded(hidden: int) -> int:
-    return -(-hidden // _PADDING) * _PADDING
-
-
 def _hidden(width: int) -> int:
     """SwiGLU's hidden width, padded."""
-    return _padded(int(2 / 3 * 4 * width))
+    return padded(int(2 / 3 * 4 * width))
 
 
 def _shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:

@@ -34,10 +34,10 @@ _MODULATION, _MASK_RATIO, _STEP, _DECODE = (
     "onnxruntime_step",
     "onnxruntime_decode",
 )
-_MODULATION_BYTES = 32 * 2**20  # of one chunk: large enough for full-speed products, small beside any model
-_UNCONDITIONAL_BYTES = 256 * 2**20  # keep the unconditional modulation if it is not larger (BAR-B: 128 MB)
-_PREFIX_ROWS = 4  # rows whose prefix runs together: bounds the activations
-_DECODE_IMAGES = 8
+MODULATION_BYTES = 32 * 2**20  # of one chunk: large enough for full-speed products, small beside any model
+UNCONDITIONAL_BYTES = 256 * 2**20  # keep the unconditional modulation if it is not larger (BAR-B: 128 MB)
+PREFIX_ROWS = 4  # rows whose prefix runs together: bounds the activations
+DECODE_IMAGES = 8
 _CPUINFO = Path("/proc/cpuinfo")
 
 Floats = NDArray[np.float32]
@@ -173,8 +173,8 @@ class OnnxRuntimeEngine:
         session = self._session(_DECODE)
         with _enough_memory(len(bits)):
             parts = [
-                session.run(None, {"bits": bits[i : i + _DECODE_IMAGES].astype(np.float32)})[0]
-                for i in range(0, len(bits), _DECODE_IMAGES)
+                session.run(None, {"bits": bits[i : i + DECODE_IMAGES].astype(np.float32)})[0]
+                for i in range(0, len(bits), DECODE_IMAGES)
             ]
             return np.concatenate(parts)
 
@@ -196,8 +196,8 @@ class OnnxRuntimeEngine:
         where = where.reshape(-1)
         classes, class_of_pair = np.unique(pairs[:, 0], return_inverse=True)
         table = modulation.table(classes, 0, length)  # [F-1, 6L, U, D]
-        for begin in range(0, len(pairs), _PREFIX_ROWS):
-            group = pairs[begin : begin + _PREFIX_ROWS]
+        for begin in range(0, len(pairs), PREFIX_ROWS):
+            group = pairs[begin : begin + PREFIX_ROWS]
             count = len(group)
             prefix = self.make_step(count, count, 1, length)
             prefix.symbols[:, 0] = spec.first_position_symbol
@@ -249,10 +249,10 @@ class _Modulation:
 
     def chunk(self, classes: int) -> int:
         """Positions to compute at once for that many classes."""
-        return max(1, _MODULATION_BYTES // (self._bytes * max(1, classes)))
+        return max(1, MODULATION_BYTES // (self._bytes * max(1, classes)))
 
     def _unconditional_table(self) -> Floats | None:
-        if self._unconditional is None and self._bytes * self._positions <= _UNCONDITIONAL_BYTES:
+        if self._unconditional is None and self._bytes * self._positions <= UNCONDITIONAL_BYTES:
             spec = self._spec
             table = np.empty((self._positions, 6 * spec.num_layers, spec.hidden_size), dtype=np.float32)
             chunk = self.chunk(1)

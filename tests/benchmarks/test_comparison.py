@@ -104,6 +104,17 @@ def test_reports_that_lack_what_is_compared_are_refused_by_name(measured, tmp_pa
         comparison.read(path)
 
 
+def test_the_table_is_in_milliseconds_and_its_interval_from_low_to_high(steady):
+    moved = comparison.movements(steady, scaled(steady, EXACT, 1.3))
+    image = next(one for one in moved if (one.contender, one.figure) == (EXACT, "image"))
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(comparison.table([image]))
+    row = next(line for line in console.export_text().splitlines() if EXACT in line)
+    assert "1,010 1,313 1.300" in " ".join(row.split())
+    low, high = map(float, re.search(r"(\d\.\d{3}) to (\d\.\d{3})", row).groups())
+    assert 1.2 < low < 1.3 < high < 1.4
+
+
 @pytest.mark.parametrize("width", [40, 80, 120])
 def test_names_figures_and_verdicts_are_shown_at_any_width(steady, width):
     slower = scaled(steady, EXACT, 1.3)

@@ -36,6 +36,16 @@ def test_a_change_below_one_percent_does_not_count_however_certain():
     assert change([1.0] * 10, [1.02] * 10).beyond_noise
 
 
+def test_the_interval_of_a_median_is_the_95_percent_one():
+    """Of 101 even samples: by the binomial distribution, ranks 41 to 61 hold the median 95 % of the time."""
+    found = change([1.0] * 101, 1 + np.arange(101) / 100)
+    assert (found.ratio, found.low, found.high) == pytest.approx((1.5, 1.4, 1.6), abs=0.005)
+
+
+def test_the_change_is_that_of_the_medians():
+    assert change([1.0, 1.0, 1.0, 1.0, 7.0], [2.0, 2.0, 2.0, 90.0, 2.0]).ratio == 2
+
+
 def test_few_samples_say_nothing():
-    assert change([1.0] * 4, [2.0] * 50) is None
+    assert change([1.0] * 4, [2.0] * 50) is None and change([1.0] * 50, [2.0] * 4) is None
     assert change([1.0] * 5, [2.0] * 5) is not None

@@ -38,7 +38,7 @@ def test_phases_of_one_launch_count_as_many(phases):
 @pytest.mark.parametrize("sm", kernels.TARGETS)
 def test_phases_compile_for_every_gpu(sm):
     pytest.importorskip("cuda.bindings.nvrtc", reason="the package cuda-bindings is not installed")
-    ptx, _ = kernels.listing(gpu_token.PHASES, sm, kernels.OPTIONS)
+    ptx, _ = kernels.listing(gpu_token.PHASES, sm)
     assert ("griddepcontrol.wait" in ptx) == (sm >= 90)
 
 

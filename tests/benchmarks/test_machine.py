@@ -112,6 +112,16 @@ def test_gpus_count_energy_and_memory(tmp_path, monkeypatch):
     assert energy.gpu_memory_bytes(8) is None
 
 
+def test_the_memory_of_a_process_is_that_on_all_gpus(monkeypatch):
+    class Both(FakeNvml):
+        def nvmlDeviceGetComputeRunningProcesses(self, device):  # noqa: N802
+            others = types.SimpleNamespace(pid=8, usedGpuMemory=2**30), types.SimpleNamespace(pid=7, usedGpuMemory=None)
+            return [types.SimpleNamespace(pid=7, usedGpuMemory=(device + 1) * 2**20), *others]
+
+    monkeypatch.setattr(energy, "load_nvml", Both)
+    assert energy.gpu_memory_bytes(7) == 3 * 2**20
+
+
 def test_a_machine_tells_its_gpus_and_their_driver(monkeypatch):
     monkeypatch.setattr(machine_module, "load_nvml", FakeNvml)
     facts = machine()
@@ -121,20 +131,37 @@ def test_a_machine_tells_its_gpus_and_their_driver(monkeypatch):
 
 
 def test_tegrastats_power_is_summed_over_time(tmp_path, monkeypatch):
-    """A board that draws 2 W by its own account: joules are twice the seconds on a clock that the test moves."""
-    line = "RAM 1/2MB CPU [1%@1] VDD_IN 2000mW/1900mW VDD_SOC 900mW/900mW"
-    tool(tmp_path, "tegrastats", f"import time\nprint({line!r}, flush=True)\ntime.sleep(60)", monkeypatch)
+    """A board that draws 2 W by its own account, then 5: each counts for as long as it was the last that was told."""
+    program = """
+import pathlib, sys, time
+line = "RAM 1/2MB CPU [1%@1] VDD_IN {}mW/1900mW VDD_SOC 900mW/900mW"
+print(line.format(2000), flush=True)
+while not pathlib.Path(sys.argv[0]).with_name("more").exists():
+    time.sleep(0.01)
+print(line.format(5000), flush=True)
+time.sleep(60)
+"""
+    tool(tmp_path, "tegrastats", program, monkeypatch)
     monkeypatch.setattr(energy, "load_nvml", lambda: None)
     clock = [0.0]
     monkeypatch.setattr(energy, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
     meters, _ = energy.find_meters(tmp_path)
     (meter,) = meters
-    try:
+
+    def wait_for(watts: float) -> None:
         deadline = time.monotonic() + 30
-        while not meter._watts and time.monotonic() < deadline:  # until the line was read
+        while meter._watts != watts and time.monotonic() < deadline:  # until the line was read
             time.sleep(0.01)
+
+    try:
+        wait_for(2)
         before = meter.joules()
         clock[0] += 3
         assert meter.joules() - before == pytest.approx(6)
+        clock[0] += 4
+        (tmp_path / "more").touch()
+        wait_for(5)
+        clock[0] += 1
+        assert meter.joules() - before == pytest.approx(2 * 7 + 5)
     finally:
         meter.close()

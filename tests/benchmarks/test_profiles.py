@@ -1,5 +1,8 @@
 """The split by stage: every node has one, and the parts add up to the whole."""
 
+import itertools
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -37,6 +40,46 @@ def test_a_bundle_is_split_into_stages_that_add_up(small, which):
     assert all(seconds > 0 for seconds in split.seconds.values())
     assert sum(split.seconds.values()) == pytest.approx(split.wall_seconds)
     assert split.overhead > 0
+
+
+@pytest.fixture
+def ticking(monkeypatch):
+    """Every look at the host's clock takes a second, and every kernel as long as it is told."""
+
+    def set_kernels(seconds: float) -> None:
+        def told(engine):
+            events = recorded(engine)
+            for event in events:
+                if event["name"].endswith("_kernel_time"):
+                    event["dur"] = 1e6 * seconds
+            return events
+
+        monkeypatch.setattr(profiles._ProfiledEngine, "step_events", told)
+
+    recorded, seconds = profiles._ProfiledEngine.step_events, itertools.count()
+    monkeypatch.setattr(profiles, "time", SimpleNamespace(perf_counter=lambda: float(next(seconds))))
+    return set_kernels
+
+
+def test_graphs_beside_the_step_count_where_they_belong_and_only_those_of_the_image_itself(small, ticking):
+    """Modulation is the prefix's, the embedding of mask ratios the head's; the warm-up's runs are nobody's."""
+    ticking(0.0)
+    split = profiles.split_onnxruntime(small.bundle, 1, np.arange(2), SeededNoise(0, range(2)))
+    runs = (split.wall_seconds - 4) / 2  # two looks at the clock for each; four around sampling and decoding
+    assert runs > 1 and split.seconds["prefix"] == runs - 1 and split.seconds["head"] == 1
+    assert (split.seconds["trunk"], split.seconds["sampling"]) == (0, 0)
+    assert split.overhead == split.wall_seconds  # an unprofiled image takes a single tick
+
+
+def test_the_prefix_is_that_of_the_image_and_not_all_that_ran_before(small, ticking):
+    ticking(1.0)
+    seconds = profiles.split_onnxruntime(small.bundle, 1, np.arange(2), SeededNoise(0, range(2))).seconds
+    assert 0 < seconds["prefix"] < (seconds["trunk"] + seconds["head"] + seconds["sampling"]) / 4  # one run beside 16
+
+
+def test_cuda_events_tell_milliseconds():
+    begin, end = SimpleNamespace(elapsed_time=lambda other: 1500.0), SimpleNamespace(synchronize=lambda: None)
+    assert profiles.TorchEvents().seconds(begin, end) == 1.5
 
 
 def test_the_profiled_engine_draws_the_same(small, tmp_path):

@@ -1,5 +1,7 @@
 """Who may be timed: what draws the same images."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -21,15 +23,27 @@ def with_bits(drawn: Drawn, count: int) -> Drawn:
     return Drawn(bits, drawn.pixels, {})
 
 
-def test_equal_bits_pass_and_pixels_may_be_one_level_off(reference):
-    near = Drawn(reference.bits, reference.pixels + np.uint8(1), {})
-    found = proof.compare(reference, near, None, exact=True)
-    assert found.passed and found.differing_bits == 0 and found.identical_images == 1
+@pytest.mark.parametrize(("levels", "passed"), [(0, True), (1, True), (-1, True), (2, False), (-2, False)])
+def test_equal_bits_pass_and_pixels_may_be_one_level_off(reference, levels, passed):
+    pixels = reference.pixels.astype(int)
+    pixels[1, 3, 4, 2] = 100
+    exact = replace(reference, pixels=pixels.astype(np.uint8))
+    pixels[1, 3, 4, 2] += levels
+    found = proof.compare(exact, Drawn(exact.bits, pixels.astype(np.uint8), {}), None, exact=True)
+    assert found.passed is passed and found.differing_bits == 0 and found.identical_images == 1
+    assert f"within {abs(levels)} of 255 levels" in found.sentence
 
 
-def test_pixels_two_levels_off_are_refused(reference):
-    far = Drawn(reference.bits, reference.pixels // 2, {})
-    assert not proof.compare(reference, far, None, exact=True).passed
+def test_the_signal_to_noise_is_that_of_the_median_image_and_never_infinite(reference):
+    """One level everywhere is 48.13 dB; a single one in a large image says as much as none."""
+    off = reference.pixels.copy()
+    off[0] += 1
+    found = proof.compare(reference, Drawn(reference.bits, off, {}), None, exact=True)
+    assert found.psnr_db == pytest.approx((48.1308 + 99) / 2, abs=1e-3)
+    large = Drawn(reference.bits, np.zeros((2, 512, 512, 3), dtype=np.uint8), {})
+    near = Drawn(large.bits, large.pixels.copy(), {})
+    near.pixels[:, 0, 0, 0] = 1
+    assert proof.compare(large, near, None, exact=True).psnr_db == 99
 
 
 def test_one_bit_too_many_refuses_an_exact_contender(reference):

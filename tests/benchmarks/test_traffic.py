@@ -59,8 +59,10 @@ def test_a_bundle_of_plans_does_not_tell_its_weights(small):
         traffic.of_bundle(plans)
 
 
-def test_weights_are_read_once_a_batch_and_the_cache_once_a_row(small):
-    spec, recipe = small.spec, Recipe(2.0, 1.0, small.checkpoint.recipe.allocation)
+@pytest.mark.parametrize("name", ["patch1_10bit", "patch4"])  # with patches there are fewer tokens than cells
+def test_weights_are_read_once_a_batch_and_the_cache_once_a_row(stated_spec, data, name):
+    spec = stated_spec(data / "golden" / name / "config.yaml")
+    recipe = Recipe(2.0, 1.0, (spec.bits_per_token,))
     found = traffic.Traffic(trunk=(1000, 10), head=(100, 5), decode=(7, 3))
     one, eight = (found.of_batch(spec, recipe, images) for images in (1, 8))
     tokens = spec.num_tokens
@@ -70,5 +72,7 @@ def test_weights_are_read_once_a_batch_and_the_cache_once_a_row(small):
     assert eight["trunk"].bytes == 1000 * tokens + 8 * cache
     filled = sum(spec.prefix_length + n for n in range(tokens))
     assert cache == 2 * filled * 2 * spec.num_layers * spec.hidden_size * 4
+    assert one["decode"] == traffic.Work(7, 2 * spec.image_seq_len * 3)
+    assert eight["decode"] == traffic.Work(7, 8 * 2 * spec.image_seq_len * 3)
     unguided = found.of_batch(spec, Recipe(1.0, 1.0, recipe.allocation), 1)
     assert unguided["trunk"].bytes - 1000 * tokens == cache // 2

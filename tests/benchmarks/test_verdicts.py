@@ -50,6 +50,18 @@ def test_every_graph_of_a_quantized_bundle_has_a_verdict(report):
     ]
 
 
+def test_a_graph_is_held_against_its_fp32_on_the_same_engine_at_the_same_batch_size(report):
+    other = copy.deepcopy(report)
+    slow = {stage: 100 * seconds for stage, seconds in STAGES.items()}
+    for name in ("b, onnxruntime", "b, tensorrt"):
+        elsewhere = contender(name, "bundle", "fp32", 10.0, slow)["batches"][0]
+        if name.endswith("onnxruntime"):
+            other["contenders"][1]["batches"].insert(0, {**elsewhere, "batch_size": 8})
+        else:
+            other["contenders"].insert(1, {**contender(name, "bundle", "fp32", 10.0), "batches": [elsewhere]})
+    assert sentences(other, "b-int8, onnxruntime") == sentences(report, "b-int8, onnxruntime")
+
+
 def test_a_split_that_shows_the_profiler_gives_no_verdict_on_graphs(report):
     slowed = copy.deepcopy(report)
     slowed["contenders"][1]["batches"][0]["stages"]["overhead"] = 4.0

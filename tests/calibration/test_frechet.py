@@ -20,6 +20,13 @@ def test_the_distance_of_two_gaussians_is_the_known_one():
     assert frechet_distance(*turned[0], *turned[1]) == pytest.approx(expected)
 
 
+def test_the_covariance_is_that_of_a_sample():
+    """Divided by n - 1, as evaluators do."""
+    mean, covariance = statistics(np.array([[0, 5], [2, 1], [4, 3]], dtype=np.float32))
+    np.testing.assert_allclose(mean, [2, 3])
+    np.testing.assert_allclose(covariance, [[4, -2], [-2, 4]])
+
+
 def test_a_set_has_no_distance_to_itself_and_a_small_one_to_its_like():
     features = np.random.default_rng(1).standard_normal((4000, 6)).astype(np.float32)
     everything, half, other = (statistics(part) for part in (features, features[::2], features[1::2]))

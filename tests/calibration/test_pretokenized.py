@@ -64,8 +64,28 @@ def test_every_image_comes_with_the_rank_of_its_folder(small, root, read):
 
 def test_an_empty_class_folder_keeps_its_rank(small, root, read):
     (root / "train" / "n0").mkdir()
-    (root / "train" / "readme.txt").write_text("no class")
     assert sorted(read().class_ids) == [1] * 3 + [2] * 2 + [3] * 4
+
+
+def test_other_files_are_neither_classes_nor_images(root, read):
+    before = read()
+    (root / "train" / "A README.txt").write_text("no class, though the first by name")
+    (root / "train" / "n1" / "list.txt").write_text("no image")
+    after = read()
+    assert after.digest == before.digest
+    np.testing.assert_array_equal(after.class_ids, before.class_ids)
+
+
+def test_the_same_images_in_another_place_are_the_same(root, small, read, tmp_path):
+    moved = root.rename(tmp_path / "elsewhere")
+    found = read_pretokenized(moved, small.spec, images=9, seed=0)
+    moved.rename(root)
+    assert found.digest == read().digest
+
+
+def test_a_folder_for_every_class_of_the_model_is_read(small, tmp_path):
+    data = write_root(tmp_path / "all", small.spec, {f"class {i:02}": 1 for i in range(10)})
+    assert sorted(read_pretokenized(data, small.spec, images=10, seed=0).class_ids) == list(range(10))
 
 
 def test_images_are_spread_over_the_classes(read):

@@ -192,6 +192,16 @@ def test_the_choice_tells_the_error_of_what_is_stored(outliers, asymmetric):
         assert snr == pytest.approx(choice.snr_db, abs=0.1), precision
 
 
+@pytest.mark.parametrize(("sign", "zero_point"), [(1, 0), (-1, 255)])
+def test_zero_is_a_level_even_of_an_input_that_is_never_zero(sign, zero_point):
+    """Padding and masked rows are zero; the levels reach from there to the farthest value."""
+    rows = sign * np.random.default_rng(5).uniform(3, 4, (40, 128)).astype(np.float32)
+    weight = np.random.default_rng(4).standard_normal((96, 128)).astype(np.float32)
+    choice = choose(seen(rows), weight, "int8", "max", foldable=False, asymmetric=True)
+    assert choice.input_zero_point == zero_point
+    assert choice.input_scale == pytest.approx(np.abs(rows).max() / 255)
+
+
 def test_a_layer_is_stored_under_its_documented_names(outliers):
     weight = np.random.default_rng(4).standard_normal((96, 128)).astype(np.float32)
     expected = {

@@ -11,11 +11,11 @@ import pytest
 
 from bar_edge.calibration import quantizer
 from bar_edge.calibration.probe import linear_layers
-from bar_edge.calibration.quantize import quantizable
+from bar_edge.calibration.quantize import choose, quantizable, stored
 from bar_edge.calibration.quantizer import SENSITIVITY_PLOT, quantize_bundle, read_precisions, summary
 from bar_edge.export.prepack import prepack_bundle
 from bar_edge.runtime import selftest, weights
-from bar_edge.runtime.bundle import Bundle
+from bar_edge.runtime.bundle import SELFTEST, Bundle
 from bar_edge.runtime.errors import BundleError, CalibrationError, RequestError
 from bar_edge.runtime.generator import Generator
 
@@ -148,6 +148,47 @@ def test_the_manifest_tells_where_the_ranges_are_from(small, quantize):
         assert entry["precision"] == "fp32" or (entry["snr_db"] > 10 and 0 <= entry["smoothing"] < 1)
 
 
+def test_what_is_stored_is_what_the_choice_was_made_of(small, quantize):
+    """Of layers that are smoothed, and whose own outputs nobody smooths."""
+    found = quantize(precision="int4-weight")
+    entries, tensors = found.manifest["quantization"]["layers"], weights.open_weights(small.bundle.path)
+    after = weights.open_weights(found.path)
+    layers = [layer for layer, entry in entries.items() if layer.endswith(".mlp.w3") and entry.get("smoothing")]
+    assert layers
+    for layer in layers:
+        stats, weight = small.calibration.stats[layer], np.asarray(tensors[f"{layer}.weight"])
+        choice = choose(stats, weight, "int4-weight", "mse", foldable=True)
+        assert choice.strength == entries[layer]["smoothing"] and round(choice.snr_db, 2) == entries[layer]["snr_db"]
+        expected = stored(layer, choice, weight * choice.factors, stats.mean_square / choice.factors**2)
+        for name, array in expected.items():
+            np.testing.assert_array_equal(after[name], array, err_msg=name)
+
+
+def test_quality_is_told_of_images_that_were_not_calibrated_on(small, quantize, monkeypatch):
+    def noted(engine, bundle, *, images, seed, progress):
+        drawn.append((bundle.digest, seed, images))
+        return record(engine, bundle, images=images, seed=seed, progress=progress)
+
+    drawn, record = [], quantizer.record
+    monkeypatch.setattr(quantizer, "record", noted)
+    found = quantize(precision="int8-weight")
+    ((digest, seed, images),) = drawn
+    assert digest == small.bundle.digest and seed != small.calibration.plan.seed
+    assert found.manifest["quantization"]["quality"]["images"] == images
+
+
+@pytest.mark.parametrize("sure", [0, 2])
+def test_the_image_that_is_farthest_from_a_tie_is_recorded(small, quantize, monkeypatch, sure):
+    """The closest of all its decisions counts, not that of the last token."""
+    margins = np.full((small.spec.num_tokens, 4), 1.0)
+    margins[3] = 0.1
+    margins[:, sure] = 0.5
+    by_token = iter(margins)
+    monkeypatch.setattr(quantizer, "sample_token", lambda *arguments: (None, next(by_token)))
+    found = quantize(precision="int8-weight")
+    assert selftest.Record.load(found.path / SELFTEST, found.spec).image_index == sure
+
+
 def test_layers_to_keep_stay_fp32_and_nothing_else_does(small, quantize):
     keep = ("blocks.1.mlp.w3", "lm_head.transformer.0.mlp.w12", "decoder.transformer.0.attn.qkv", "quantize.out_proj")
     plain, bundle = layers_of(small.quantized("int8-weight")), quantize(precision="int8-weight", keep_fp32=keep)
@@ -209,6 +250,24 @@ def test_each_graph_keeps_what_is_faster(small, quantize, timed):
     assert sentences["trunk"].startswith("3.00 x fp32 (333.3 ms against 1000.0 ms), kept")
     assert all(sentences[graph].endswith("kept fp32") for graph in ("modulation", "head"))
     assert bundle.manifest["graphs"]["modulation"]["precision"] == "fp32 x2"
+
+
+def test_the_two_forms_of_a_graph_take_turns_and_the_fastest_call_of_each_counts(monkeypatch):
+    clock, calls = [0.0], []
+
+    def forms(bench: object, graph: str, precisions: dict[str, str]) -> Callable[[], None]:
+        form = "quantized" if precisions else "fp32"
+
+        def call() -> None:
+            clock[0] += (5 if form == "fp32" else 2) + (3 if len(calls) < 6 else 0)  # another program, in the beginning
+            calls.append(form)
+
+        return call
+
+    monkeypatch.setattr(quantizer._Bench, "_run", forms)
+    monkeypatch.setattr(quantizer.time, "perf_counter", lambda: clock[0])
+    assert quantizer._Bench(None, Path(), {}, 1).seconds("decode", {}, {"decoder.ffn.0": "int8"}) == (5, 2)
+    assert calls == ["fp32", "quantized"] * (len(calls) // 2)
 
 
 def test_nothing_is_published_when_nothing_is_faster(quantize, timed, tmp_path):

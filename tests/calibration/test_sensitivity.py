@@ -68,6 +68,20 @@ def test_each_layer_is_measured_alone(find, measured):
     assert len(measured) <= 1 + len(HARM) + 4  # a bisection behind it, not a walk
 
 
+def test_other_layers_stay_quantized_in_all_but_a_layers_own_harm(monkeypatch, measured):
+    monkeypatch.setitem(HARM, "modulation", 0.0005)
+    found = search([], None, dict.fromkeys(BYTES, "int8"), {"modulation": "int8"}, BYTES, budget=0.0412)
+    alone, together = ([m for m in measured if (len(m) == 1) is one] for one in (True, False))
+    assert alone == [{layer: "int8"} for layer in BYTES] and all("modulation" in mixture for mixture in together)
+    assert found.kept_fp32 == ("c", "e", "a")  # without the modulation's flips two would do
+    assert "modulation" not in found.harm
+
+
+def test_a_budget_that_is_just_reached_holds(find):
+    found = find(0.0412)
+    assert find(found.after.flips).kept_fp32 == found.kept_fp32
+
+
 def test_a_recording_that_not_even_fp32_follows_is_refused(monkeypatch, find):
     monkeypatch.setattr(sensitivity, "teacher_forced", lambda *rest: outcome(0.2))
     with pytest.raises(CalibrationError, match=r"a budget of 1.00% flips cannot be held: with trunk and head"):

@@ -74,6 +74,16 @@ def test_layers_are_stratified_by_position_pass_and_branch(small):
             assert small.calibration.stats[layer].strata.keys() == expected, layer
 
 
+def test_the_modulation_is_seen_of_every_class_drawn_and_of_the_unconditional_one(small):
+    """It is modulated too, at every token."""
+    plan, spec = small.calibration.plan, small.spec
+    classes = [{*plan.class_ids[i : i + plan.batch_size], spec.unconditional_class} for i in (0, plan.batch_size)]
+    positions = spec.prefix_length + spec.num_tokens - 1
+    assert plan.images == 2 * plan.batch_size and positions <= 64  # few enough to be seen at all of them
+    for layer in groups_of(small)["modulation"]:
+        assert small.calibration.stats[layer].count == positions * sum(map(len, classes))
+
+
 def test_strata_are_equally_full(small):
     spec, images = small.spec, small.calibration.plan.images
     for layer in ("blocks.1.mlp.w3", "lm_head.transformer.2.mlp.w12", "lm_head.adaln_before_head.adaLN_modulation.1"):

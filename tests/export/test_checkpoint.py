@@ -140,6 +140,19 @@ def test_code_in_a_pickle_is_refused_and_does_not_run(tmp_path, how):
     assert not marker.exists()
 
 
+@pytest.mark.parametrize(
+    ("version", "safe"), [("2.9.1+cpu", False), ("1.13.0", False), ("2.10.0", True), ("3.0", True)]
+)
+def test_pickles_are_read_only_by_a_torch_that_reads_them_safely(tmp_path, monkeypatch, version, safe):
+    path = save(SOME, tmp_path / "weights.bin")
+    monkeypatch.setattr(torch, "__version__", version)
+    if safe:
+        assert read_state_dict(path).keys() == SOME.keys()
+    else:
+        with pytest.raises(CheckpointError, match=r"reads pickles unsafely; install torch >= 2\.10, or convert"):
+            read_state_dict(path)
+
+
 @pytest.mark.parametrize("name", ["empty.bin", "text.bin", "cut.bin", "cut.safetensors", "empty.safetensors"])
 def test_unreadable_files_are_refused_by_name(tmp_path, name):
     path = tmp_path / name
@@ -262,6 +275,14 @@ def test_a_rotary_table_kept_in_one_block_serves_them_all(tmp_path, patch1, gene
         assert torch.equal(loaded.generator[name], patch1.checkpoint.generator[name]), name
 
 
+def test_a_rotary_table_of_its_own_is_kept_by_its_block(tmp_path, patch1, generator):
+    """Whether they are all equal is for who uses them to judge."""
+    own = generator["blocks.1.attn.rope.freqs_cos"] + 1
+    generator["blocks.1.attn.rope.freqs_cos"] = own
+    loaded = load_checkpoint(save(generator, tmp_path / "own.bin"), patch1.tokenizer, patch1.config)
+    assert torch.equal(loaded.generator["blocks.1.attn.rope.freqs_cos"], own)
+
+
 @pytest.mark.parametrize("table", ["freqs_cos", "freqs_sin"])
 def test_a_rotary_table_that_no_block_has_is_missed_by_name(tmp_path, patch1, generator, table):
     for i in range(3):
@@ -309,6 +330,26 @@ def test_a_generator_and_a_tokenizer_given_the_wrong_way_round_are_told_apart(pa
 def test_golden_sizes_are_read_off_the_tensors(golden, stated_spec):
     assert golden.spec == stated_spec(golden.config)
     assert golden.checkpoint.variant is None
+
+
+@pytest.mark.parametrize("head_dim", [24, 65])
+def test_heads_that_do_not_divide_the_width_are_refused(tmp_path, patch1, generator, head_dim):
+    generator["blocks.0.attn.q_norm.weight"] = torch.ones(head_dim)
+    with pytest.raises(CheckpointError, match=rf"sizes are inconsistent \(D=64, d={head_dim}"):
+        load_checkpoint(save(generator, tmp_path / "bad.bin"), patch1.tokenizer, patch1.config)
+
+
+def test_a_decoder_that_does_not_divide_into_its_heads_is_refused(tmp_path):
+    path = save(shallow(tokenizer_shapes(40, 1, 6, 16, 16)), tmp_path / "narrow.bin")
+    with pytest.raises(CheckpointError, match=r"narrow\.bin: decoder width 40 does not divide into 16 heads"):
+        read_tokenizer(path)
+
+
+def test_an_absurd_layer_number_is_not_believed(patch1, generator):
+    """Nothing is planned or allocated for a million layers that are not there."""
+    generator["blocks.1000000.norm1.weight"] = torch.ones(64)
+    spec = infer_spec(generator, patch1.checkpoint.tokenizer, patch1.generator, patch1.tokenizer)
+    assert spec.num_layers <= len(generator)
 
 
 def test_a_tokenizer_of_other_bits_is_refused(patch1, data):
@@ -459,7 +500,7 @@ def test_without_a_recipe_the_missing_settings_are_named(patch1):
         load_checkpoint(patch1.generator, patch1.tokenizer)
 
 
-@pytest.mark.parametrize("value", ["[2,2]", "[3,2,1]", "[0,6]", "[]", "six", "[a,b]", "6"])
+@pytest.mark.parametrize("value", ["[2,2]", "[3,2,1]", "[0,6]", "[]", "six", "[a,b]", "6", "[true,5]"])
 def test_an_allocation_that_does_not_fit_is_refused(patch1, value):
     with pytest.raises(BarEdgeError, match="allocation"):
         load_checkpoint(

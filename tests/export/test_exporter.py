@@ -1,6 +1,7 @@
 """Export end to end: the bundle holds the checkpoint's model, and nothing appears unless it is whole and proven."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -56,6 +57,20 @@ def test_the_self_test_is_what_the_reference_draws(patch1):
     assert record.first_logits.shape == (patch1.spec.bits_per_token, 2)
     assert 0 <= record.class_id < patch1.spec.num_classes
     assert (patch1.bundle.path / "selftest.npz").stat().st_size < 2**20
+
+
+@pytest.mark.parametrize("sure", [0, 1])
+def test_the_image_that_is_farthest_from_a_tie_is_recorded(patch1, output, monkeypatch, sure):
+    def with_a_tie(*arguments) -> Replay:
+        found = repeat(*arguments)
+        margins = np.ones_like(found.margins)
+        margins[sure], margins[1 - sure, 3] = 0.1, 0.01  # one token near a tie counts, not the mean
+        return replace(found, margins=margins)
+
+    repeat = exporter.replay
+    monkeypatch.setattr(exporter, "replay", with_a_tie)
+    bundle = export_bundle(patch1.generator, patch1.tokenizer, patch1.config, output)
+    assert Record.load(bundle.path / "selftest.npz", bundle.spec).image_index == sure
 
 
 def test_the_same_checkpoint_gives_the_same_bundle(patch1, output):
@@ -175,6 +190,28 @@ def test_a_decoder_that_differs_is_never_published(patch1, output, monkeypatch):
     build = exporter.build_decoder
     monkeypatch.setattr(exporter, "build_decoder", build_other)
     with pytest.raises(EngineError, match="decoder differs from the reference"):
+        export_bundle(patch1.generator, patch1.tokenizer, patch1.config, output)
+    assert left_behind(output) == []
+
+
+def test_an_exported_decoder_that_draws_no_numbers_is_never_published(patch1, output, monkeypatch):
+    monkeypatch.setattr(exporter.Generator, "decode_raw", lambda self, bits: np.full((len(bits), 3, 64, 64), np.nan))
+    with pytest.raises(EngineError, match="decoder differs from the reference by nan"):
+        export_bundle(patch1.generator, patch1.tokenizer, patch1.config, output)
+    assert left_behind(output) == []
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(10, 8), (4, 12)])
+def test_heads_that_onnxruntime_refuses_are_refused_before_anything_is_written(
+    patch1, output, monkeypatch, heads, head_dim
+):
+    """18 positions: at most 9 heads."""
+    sizes = replace(
+        patch1.spec, hidden_size=heads * head_dim, num_heads=heads, image_seq_len=4, token_size=4, patch_size=2,
+        repeat_class_condition=16,
+    )  # fmt: skip
+    monkeypatch.setattr(exporter, "load_checkpoint", lambda *arguments: replace(patch1.checkpoint, spec=sizes))
+    with pytest.raises(CheckpointError, match=rf"{heads} heads of {head_dim} channels over 18 positions"):
         export_bundle(patch1.generator, patch1.tokenizer, patch1.config, output)
     assert left_behind(output) == []
 

@@ -1,13 +1,14 @@
 """`compile --target cuda`: weights lie as the kernels read them, and mean what they meant."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from bar_edge.calibration.quantize import from_blocks
-from bar_edge.export.prepack import prepack_bundle, sentence
+from bar_edge.calibration.quantize import Choice, from_blocks, stored
+from bar_edge.export.prepack import prepack_bundle, prepacked, sentence
 from bar_edge.runtime import weights
 from bar_edge.runtime.bundle import SELFTEST, Bundle
 from bar_edge.runtime.cli import app
@@ -82,6 +83,30 @@ def test_every_layer_means_what_it_meant(small, packed, form):
             weight, bias = (np.stack(np.split(x, 2), axis=1).reshape(x.shape) for x in (weight, bias))
         np.testing.assert_allclose(unpacked(after, layer, entry)[:, : weight.shape[1]], weight, rtol=1e-3, atol=6e-8)
         np.testing.assert_array_equal(after[f"{layer}.bias"], bias)
+
+
+def layer_of(form, outputs, inputs):
+    """The tensors of one layer, as a bundle stores it."""
+    rng = np.random.default_rng(0)
+    weight, ones = rng.standard_normal((outputs, inputs), dtype=np.float32), np.ones(inputs, dtype=np.float32)
+    choice = Choice(form, 0.0, None, 0.1, None, 40.0)
+    weights_of_it = {"layer.weight": weight} if form == "fp32" else stored("layer", choice, weight, ones)
+    return {**weights_of_it, "layer.bias": rng.standard_normal(outputs, dtype=np.float32)}
+
+
+@pytest.mark.parametrize("form", ["fp32", "int8", "int8-weight", "int4-weight"])
+def test_what_does_not_fill_tiles_and_chunks_is_filled_up_with_zeros(form):
+    before = layer_of(form, 20, 80)
+    pending, layers = prepacked(before, {"layer": form})
+    after = {name: tensor.make() for name, tensor in pending.items()}
+    found = unpacked(after, "layer", layers["layer"])
+    np.testing.assert_allclose(found, original(before, "layer", form), rtol=1e-3, atol=6e-8)
+
+
+@pytest.mark.parametrize("form", ["int8", "int8-weight", "int4-weight"])
+def test_inputs_that_integer_kernels_cannot_take_are_refused(form):
+    with pytest.raises(CompatibilityError, match=f"layer: has 72 inputs in {form}, the kernels take multiples of 16"):
+        prepacked(layer_of(form, 64, 72), {"layer": form})
 
 
 def test_w12_alternates_between_its_halves(patch1, packed):
@@ -161,6 +186,12 @@ def test_compile_makes_it_and_says_what_it_holds(small, tmp_path):
         *_forms(made),
         f"{size:.1f} MiB of weights",
     ]
+
+
+def test_the_size_of_a_bundle_is_told_in_mib(patch1, packed):
+    made = packed(patch1.bundle)[0]
+    files = {weights.FILE_NAME: {"bytes": 1000 * 2**20, "sha256": ""}}
+    assert sentence(replace(made, manifest={**made.manifest, "files": files})).endswith(", 1000.0 MiB of weights")
 
 
 def _forms(made):

@@ -18,6 +18,7 @@ def test_recorded_samplings_are_repeated_without_a_differing_bit(golden, samplin
     assert not found.differing_bits.any()
     assert found.unexplained == found.images_with_ties == 0
     assert found.margins.min() > 0
+    assert len(found.latents) == len(recorded["class_ids"]) * (2 if recipe.guidance > 1 else 1)
 
 
 def test_one_changed_bit_is_noticed_at_its_token_and_nowhere_before(golden, read_sampling):
@@ -57,15 +58,16 @@ def test_what_the_reference_cannot_tell_is_not_explained():
     assert Replay(np.array([[1, 0, 0]]), margins, np.empty((1, 3, 1), dtype=np.float32)).unexplained == 2
 
 
+@pytest.mark.parametrize("copy", [0, 1], ids=["conditional", "unconditional"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_logits_that_are_not_finite_give_no_margin(patch1, read_sampling, monkeypatch, value):
+def test_logits_that_are_not_finite_give_no_margin(patch1, read_sampling, monkeypatch, value, copy):
     recorded = patch1.recorded("sample_cfg")
     recipe, noise = read_sampling(recorded)
     head = patch1.reference.lm_head.forward
 
     def overflowing(ids, latent, ratio):
         logits = head(ids, latent, ratio)
-        logits[3, 0, 1] = value  # the fourth token of the image, in its conditional row
+        logits[copy * patch1.spec.num_tokens + 3, 0, 1] = value  # the fourth token of the image
         return logits
 
     monkeypatch.setattr(patch1.reference.lm_head, "forward", overflowing)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from bar_edge.export.checkpoint import generator_shapes
-from bar_edge.export.rewrite import NEW_NAMES, PADDING, Rewriter, padded
+from bar_edge.export.rewrite import NEW_NAMES, Rewriter
 from bar_edge.runtime.errors import CheckpointError
+from bar_edge.runtime.spec import HIDDEN_MULTIPLE, padded
 
 EXACT_ENOUGH = {"rtol": 1e-5, "atol": 1e-6}  # float32 sums in another order
 
@@ -47,7 +48,7 @@ def test_swiglu_padding_is_exactly_zero_and_the_rest_is_untouched(golden, rewrit
     for name in names:
         w3 = stored(golden, f"{name}.w3.weight")
         hidden = w3.shape[1]
-        assert rewritten[f"{name}.w3.weight"].shape[1] % PADDING == 0
+        assert rewritten[f"{name}.w3.weight"].shape[1] % HIDDEN_MULTIPLE == 0
         np.testing.assert_array_equal(rewritten[f"{name}.w3.weight"][:, :hidden], w3)
         assert not rewritten[f"{name}.w3.weight"][:, hidden:].any()
         for part in ("weight", "bias"):

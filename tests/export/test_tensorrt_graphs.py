@@ -231,6 +231,24 @@ def test_what_a_product_reads_is_what_was_asked_for(small, written, form):
                 assert kinds[node.output[0]] == (FLOAT if name == "mask_ratio" else HALF)
 
 
+@pytest.mark.parametrize("name", ["prefix", "step"])
+def test_attention_in_halves_is_normalised_and_summed_in_fp32(small, written, name):
+    """Where it is written out: halves are what its products read."""
+    model = written(small.bundle, HALF, in_place=False).graphs[name]
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    kinds = {key: kind for key, (_, kind) in described(inferred.value_info).items()}
+    cast_from = {node.output[0]: node.input[0] for node in inferred.node if node.op_type == "Cast"}
+    products = {output for node in inferred.node if node.op_type == "MatMul" for output in node.output}
+    softmaxes = [node for node in inferred.node if node.op_type == "Softmax"]
+    sums = [  # of two products: what the cache and the new position give
+        node for node in inferred.node
+        if node.op_type == "Add" and all(cast_from.get(operand, operand) in products for operand in node.input)
+    ]  # fmt: skip
+    layers = small.spec.num_layers
+    assert (len(softmaxes), len(sums)) == (layers, layers if name == "step" else 0)
+    assert {kinds[operand] for node in (*softmaxes, *sums) for operand in node.input} == {FLOAT}
+
+
 def test_equal_profiles_give_equal_graphs_and_rows_change_only_what_has_rows(small, written):
     one, three = (written(small.bundle, HALF, images=images) for images in (1, 3))
     same = {name for name in GRAPHS if one.graphs[name] == three.graphs[name]}

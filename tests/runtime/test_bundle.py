@@ -63,6 +63,11 @@ def test_the_digest_changes_with_the_content(patch1, bundle_copy, reseal):
     assert Bundle.open(bundle_copy).digest != patch1.bundle.digest
 
 
+def test_the_digest_does_not_depend_on_the_order_of_the_manifest(patch1, bundle_copy, edit_manifest):
+    edit_manifest(bundle_copy, lambda m: m.update(files=dict(reversed(m["files"].items()))))
+    assert Bundle.open(bundle_copy).digest == patch1.bundle.digest
+
+
 def test_progress_reaches_the_whole_size(patch1):
     told = []
     Bundle.open(patch1.bundle.path, lambda *args: told.append(args))
@@ -270,6 +275,7 @@ CHANGES = {
     "an allocation that is infinite": lambda m: m["recipe"].update(allocation=[float("inf")]),
     "an allocation of other bits": lambda m: m["recipe"].update(allocation=[1, 2]),
     "guidance that is not a number": lambda m: m["recipe"].update(guidance=float("nan")),
+    "guidance that is true": lambda m: m["recipe"].update(guidance=True),
     "a variant that is a list": lambda m: m.update(variant=["x"]),
     "no provenance": lambda m: m.pop("provenance"),
     "quantization that is text": lambda m: m.update(quantization="x"),

@@ -101,7 +101,7 @@ def test_the_set_holds_the_images_the_generator_draws(patch1, settings, whole):
         assert np.array_equal(drawn[i], np.asarray(image))
 
 
-def test_the_pngs_are_the_images_of_the_npz_with_their_settings(patch1, whole):
+def test_the_pngs_are_the_images_of_the_npz_with_their_settings(patch1, settings, whole):
     files = sorted((whole / "images").iterdir())
     assert [file.name for file in files] == [f"{i:06d}.png" for i in range(NUM)]
     for i, (file, expected) in enumerate(zip(files, pixels(whole), strict=True)):
@@ -111,6 +111,8 @@ def test_the_pngs_are_the_images_of_the_npz_with_their_settings(patch1, whole):
         assert (found["index"], found["class_id"], found["seed"]) == (i, i % 10, SEED)
         assert found["bundle"] == patch1.bundle.digest
         assert found["allocation"] == list(patch1.bundle.recipe.allocation)
+        assert (found["guidance"], found["temperature"]) == (settings.guidance, settings.temperature)
+        assert (found["engine"], found["order"], found["variant"]) == ("onnxruntime", "raster", None)
 
 
 def test_only_the_results_are_left(whole):
@@ -253,6 +255,12 @@ def test_the_npz_is_written_shard_by_shard(settings, tmp_path):
     tracemalloc.stop()
     assert peak < 4 * many.shard_images * many.image_bytes
     assert pixels(folder.path).shape == (400, 64, 64, 3)
+
+
+def test_writing_the_npz_is_told_in_images(settings, tmp_path):
+    told = []
+    pretend_drawn(tmp_path / "set", settings).assemble(lambda what, done, total: told.append((done, total)))
+    assert told == [(4, NUM), (8, NUM), (12, NUM), (NUM, NUM)]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "shape", "dtype"])

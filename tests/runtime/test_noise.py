@@ -69,6 +69,17 @@ def test_an_image_gets_the_same_noise_alone_and_in_company(random_order):
     np.testing.assert_array_equal(company.orders(64)[2:3], alone.orders(64))
 
 
+@pytest.mark.parametrize("random_order", [False, True])
+def test_a_part_of_a_batch_has_the_noise_and_the_orders_of_its_images(random_order):
+    seeded = SeededNoise(8, [3, 14, 15, 9], random_order)
+    for whole in (seeded, RecordedNoise(*seeded.uniforms(6, 3, 10), seeded.orders(6))):
+        part = whole.part(1, 3)
+        assert part.images == 2
+        for found, of_all in zip(part.uniforms(6, 3, 10), whole.uniforms(6, 3, 10), strict=True):
+            np.testing.assert_array_equal(found, of_all[:, :, 1:3])
+        np.testing.assert_array_equal(part.orders(6), whole.orders(6)[1:3])
+
+
 def test_noise_does_not_depend_on_how_many_tokens_and_passes_there_are():
     few, many = SeededNoise(1, [0]), SeededNoise(1, [0])
     for short, long in zip(few.uniforms(2, 1, 6), many.uniforms(9, 4, 6), strict=True):
@@ -122,6 +133,13 @@ def test_an_image_index_that_is_no_whole_number_is_refused():
         SeededNoise(0, [0.5])
 
 
+@pytest.mark.parametrize("index", [-1, 2**32])
+def test_an_image_index_out_of_range_is_refused(index):
+    with pytest.raises(RequestError, match=r"image indices must be between 0 and 2\*\*32 - 1"):
+        SeededNoise(0, [0, index])
+    assert SeededNoise(0, [0, 2**32 - 1]).uniforms(1, 1, 4)[0].shape == (1, 1, 2, 4, 2)
+
+
 def test_gumbel_is_the_formula_of_the_paper_and_finite_at_both_ends():
     u = np.array([0, 2.0**-24, 0.25, 0.5, 0.999, 1 - 2.0**-24], dtype=np.float32)
     found = gumbel(u)
@@ -140,6 +158,12 @@ def test_recorded_noise_is_given_back_as_it_is():
     assert noise.uniforms(4, 2, 6) == (u_bits, u_confidence)
     assert noise.orders(4) is orders
     np.testing.assert_array_equal(RecordedNoise(u_bits, u_confidence).orders(4), raster_orders(3, 4))
+
+
+def test_recorded_confidences_that_do_not_go_with_the_bits_are_refused():
+    noise = RecordedNoise(np.zeros((4, 2, 3, 6, 2), np.float32), np.zeros((4, 2, 3, 5), np.float32))
+    with pytest.raises(RequestError, match=r"and \[4, 2, 3, 5\], this model and allocation need"):
+        noise.uniforms(4, 2, 6)
 
 
 @pytest.mark.parametrize("asked", [(5, 2, 6), (4, 3, 6), (4, 2, 7)])

@@ -1,6 +1,7 @@
 """Plans: what is counted, what is predicted, and how far that is from everything measured."""
 
 import json
+import math
 import statistics
 from collections import Counter
 from dataclasses import replace
@@ -12,18 +13,14 @@ from typer.testing import CliRunner
 
 from bar_edge.calibration import quantize
 from bar_edge.export.prepack import prepack_bundle
-from bar_edge.runtime import weights, workload
+from bar_edge.runtime import planning, weights, workload
 from bar_edge.runtime.cli import app
 from bar_edge.runtime.devices import DEVICES, Device, device_of, find_device
-from bar_edge.runtime.engines import onnxruntime
+from bar_edge.runtime.engines.onnxruntime import DECODE_IMAGES, MODULATION_BYTES, PREFIX_ROWS
 from bar_edge.runtime.errors import RequestError
 from bar_edge.runtime.plan_accuracy import PEAK_MEMORY, TARGET, deviations
 from bar_edge.runtime.plan_tables import PROJECTION
 from bar_edge.runtime.planning import (
-    DECODE_IMAGES,
-    MODULATION_BYTES,
-    PREFIX_ROWS,
-    UNCONDITIONAL_BYTES,
     USABLE_MEMORY,
     BatchCost,
     Cost,
@@ -39,6 +36,9 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 PARTS = ("trunk", "head_modulation", "head_pass", "modulation", "decoder")
 CPU = DEVICES["epyc-2core"]
 GPUS = [device for device in DEVICES.values() if not device.measured]
+FREE = replace(  # a device on which nothing takes time: tests give it the one thing that does
+    CPU, bandwidth=math.inf, rates=dict.fromkeys(CPU.rates, math.inf), elementwise_bandwidth=math.inf, phase_seconds=0.0
+)
 
 # the only ones off target: a single sample of a stage whose repeats in cpu_bar_b_batch1.json differ by a factor of 3
 MISSES = {
@@ -175,6 +175,55 @@ def test_the_heads_modulation_runs_for_all_passes_at_once_and_its_products_once_
     assert modulation.elementwise == passes.elementwise == pytest.approx(8 * 10 * 8 / CPU.elementwise_bandwidth)
 
 
+def test_a_token_waits_for_every_phase_and_a_chunk_of_modulation_for_one():
+    waiting = replace(FREE, phase_seconds=1.0)
+    assert BatchCost(bar_b(), waiting, 1).token(0) == Cost(waiting=5 * 24 + 2 + 4 * (2 * 3 + 1))  # 150, as documented
+    chunks = 256 / (MODULATION_BYTES // (6 * 24 * 768 * 4))
+    assert BatchCost(bar_b(), waiting, 1).modulation().waiting == pytest.approx(chunks)
+
+
+def test_the_prefix_runs_every_class_once_in_groups_of_four():
+    """All its positions but the last, and the head that is drawn with it."""
+    trunk, modulation, head = (workload.Layer(weights, 10, 4, FP32) for weights in (10**6, 10**3, 1))
+    work = replace(bar_b(FP32), trunk=(trunk,), modulation=(modulation,), head_modulation=(), head_pass=(head,))
+    counting = replace(FREE, rates={FP32: 1.0}, rate_fraction=1.0)
+    for batch, guidance, classes, groups in ((1, 5.0, 2, 1), (3, 5.0, 4, 1), (4, 5.0, 5, 2), (4, 1.0, 4, 1)):
+        asked = replace(work, recipe=replace(work.recipe, guidance=guidance))
+        multiplied = classes * 32 * (trunk.weights + modulation.weights) + classes * head.weights
+        assert BatchCost(asked, counting, batch).prefix().arithmetic == pytest.approx(multiplied)
+        waiting = replace(FREE, phase_seconds=1.0)
+        assert BatchCost(asked, waiting, batch).prefix() == Cost(waiting=5 * 24 * groups)
+
+
+@pytest.mark.parametrize(("kept", "classes"), [(True, 2), (False, 3)])
+def test_modulation_is_read_once_a_chunk_and_computed_once_a_position(monkeypatch, kept, classes):
+    """Of every class that is drawn; the unconditional one is kept, if its table is not too large."""
+    if not kept:
+        monkeypatch.setattr(planning, "UNCONDITIONAL_BYTES", 2**20)
+    layer = workload.Layer(weights=1000, outputs=10, bytes=4000, precision=FP32)
+    work = replace(bar_b(FP32), modulation=(layer,))
+    chunks = 256 / (MODULATION_BYTES // (6 * 24 * 768 * 4 * classes))
+    reading = replace(FREE, bandwidth=1.0, bandwidth_fraction=1.0)
+    assert BatchCost(work, reading, 2).modulation().memory == pytest.approx(4000 * chunks)
+    counting = replace(FREE, rates={FP32: 1.0}, rate_fraction=1.0)
+    assert BatchCost(work, counting, 2).modulation().arithmetic == pytest.approx(1000 * 256 * classes)
+
+
+def test_the_first_token_is_the_prefix_a_chunk_of_modulation_and_a_token_behind_the_prefix():
+    work = workload.of_variant(VARIANTS["bar_b_patch4"], INT8)  # its 16 tokens are one chunk
+    run_of_one = BatchCost(work, CPU, 1)
+    parts = (run_of_one.prefix(), run_of_one.modulation(), run_of_one.token(33))
+    assert run_of_one.first_token().seconds == pytest.approx(sum(part.seconds for part in parts))
+
+
+def test_decoding_multiplies_every_position_with_every_position_twice():
+    """Scores, and what they weigh: in all layers of the decoder."""
+    layer = workload.Layer(weights=1000, outputs=10, bytes=4, precision=FP32)
+    counting = replace(FREE, rates={FP32: 1.0}, rate_fraction=1.0)
+    decode = BatchCost(replace(bar_b(FP32), decoder=(layer,)), counting, 3).decode()
+    assert decode.arithmetic == pytest.approx(3 * 257 * (1000 + 24 * 2 * 257 * 1024))
+
+
 def test_the_cache_is_read_up_to_where_it_is_filled():
     run_of_two = BatchCost(bar_b(), CPU, 2)
     more = run_of_two.token(200).memory - run_of_two.token(100).memory
@@ -186,6 +235,15 @@ def test_an_image_is_its_parts():
     parts = (run_of_one.prefix(), run_of_one.modulation(), run_of_one.average_token() * 256, run_of_one.decode())
     assert run_of_one.images().seconds == pytest.approx(sum(part.seconds for part in parts))
     assert predict(bar_b(), CPU, 1).image_seconds == pytest.approx(run_of_one.images().seconds)
+
+
+def test_what_is_told_of_an_image_is_a_share_of_its_batch():
+    plan, whole = predict(bar_b(), CPU, 8), BatchCost(bar_b(), CPU, 8)
+    assert 8 * plan.image_seconds == pytest.approx(whole.images().seconds)
+    assert plan.to_dict()["images_per_second"] == pytest.approx(8 / whole.images().seconds)
+    assert plan.token.seconds == whole.average_token().seconds and plan.decode_seconds == whole.decode().seconds
+    reading = replace(CPU, bandwidth_fraction=1.0, rates=FREE.rates, elementwise_bandwidth=math.inf, phase_seconds=0.0)
+    assert 8 * plan.reading_seconds == pytest.approx(BatchCost(bar_b(), reading, 8).images().seconds)
 
 
 def test_reading_is_what_an_image_takes_where_nothing_else_takes_time():
@@ -218,16 +276,23 @@ def test_the_largest_batch_fits_and_the_next_does_not():
     assert largest_batch(work, replace(device, memory_bytes=2**29)) == 0
 
 
+@pytest.mark.parametrize("batch", [1, 3, 20])
+def test_memory_is_all_that_is_held_at_once(batch):
+    work, device = bar_b(FP32), replace(CPU, fixed_bytes=10**9)
+    one = 6 * 24 * 768 * 4  # modulation of a class at a position
+    cache = (2 * batch + min(batch + 1, PREFIX_ROWS)) * 289 * 2 * 24 * 768 * 4  # rows drawn, and those of a prefix
+    chunk = MODULATION_BYTES // (one * batch)
+    tables = 3 * max((batch + 1) * 32, chunk * batch) * one + min(batch + 1, PREFIX_ROWS) * 32 * one
+    held = 10**9 + work.stored_bytes + 288 * one  # the unconditional table
+    assert memory_bytes(work, device, batch, decoded=False) == held + cache + tables - workload.stored(work.decoder)
+    decoding = min(batch, DECODE_IMAGES) * 4 * (257 * 8 * 1024 + 16 * 257**2)
+    assert memory_bytes(work, device, batch) == held + cache + tables + decoding
+
+
 def test_memory_of_sampling_alone_leaves_the_decoder_out():
     work = bar_b()
     difference = memory_bytes(work, CPU, 1) - memory_bytes(work, CPU, 1, decoded=False)
     assert difference > sum(layer.bytes for layer in work.decoder)
-
-
-def test_the_engine_works_in_the_chunks_that_are_planned_with():
-    engine = onnxruntime
-    assert (engine._MODULATION_BYTES, engine._UNCONDITIONAL_BYTES) == (MODULATION_BYTES, UNCONDITIONAL_BYTES)
-    assert (engine._PREFIX_ROWS, engine._DECODE_IMAGES) == (PREFIX_ROWS, DECODE_IMAGES)
 
 
 # -- devices -----------------------------------------------------------------------------------------------------------

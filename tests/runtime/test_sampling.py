@@ -146,6 +146,16 @@ def test_the_margin_tells_how_far_the_closest_decision_was_from_a_tie():
     np.testing.assert_allclose(margin, 0.5 / 8)
 
 
+def test_a_close_rank_is_a_close_decision_and_a_bit_that_is_known_is_none():
+    logits = np.zeros((2, 1, 4, 2), dtype=np.float32)
+    logits[0, 0, :, 1] = (8, 4, 3.5, 2)  # two are kept, by half a unit
+    logits[1, 0, :, 1] = (0.01, 8, 8, 8)  # what is said of the first again decides nothing
+    zeros = np.zeros((2, 1, 4, 2), dtype=np.float32)
+    schedule = Schedule.of(Recipe(1, 0.0, (2, 2)), 4)
+    _, margin = sample_token(lambda known, bits, s: logits[s], schedule, 1.0, zeros, zeros[..., 0])
+    np.testing.assert_allclose(margin, 0.5 / 8)
+
+
 def test_a_tie_between_zero_and_one_gives_zero_as_the_reference_does():
     zeros = np.zeros((1, 1, 3, 2), dtype=np.float32)
     logits = np.ones((1, 3, 2), dtype=np.float32)

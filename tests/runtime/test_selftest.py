@@ -90,6 +90,16 @@ def test_a_changed_bit_fails_and_is_named(altered):
     assert "1 of 96 bits differ, the first in grid cell 7" in found.sentence
 
 
+def test_pixels_are_judged_on_the_recorded_bits_whatever_was_drawn(patch1, altered):
+    def change(record):
+        record["bits"] ^= 0xFF
+        bits = np.unpackbits(record["bits"]).reshape(1, patch1.spec.image_seq_len, patch1.spec.token_size)
+        record["image"] = np.asarray(patch1.runtime.decode(bits)[0])
+
+    found = altered(change)
+    assert found.differing_bits == found.total_bits and found.pixel_error <= 1
+
+
 def test_a_changed_image_fails(altered):
     def change(record):
         value = int(record["image"][3, 4, 1])

@@ -20,10 +20,10 @@ OPTIONS = ("--std=c++17", "--fmad=false")  # no contraction: float32 products ro
 
 def kernels(sm: int) -> bytes:
     """kernels.cu as a cubin for compute capability `sm` (87 for 8.7). Raises EngineError."""
-    return compile_source(KERNELS, sm, OPTIONS)
+    return compile_source(KERNELS, sm)
 
 
-def compile_source(source: Path, sm: int, options: Sequence[str]) -> bytes:
+def compile_source(source: Path, sm: int) -> bytes:
     """A CUDA source as a cubin for compute capability `sm`, from the cache where it was compiled before.
 
     Raises EngineError if NVRTC is missing, does not know the GPU, or rejects the source.
@@ -37,7 +37,7 @@ def compile_source(source: Path, sm: int, options: Sequence[str]) -> bytes:
             f"{', '.join(f'sm_{arch}' for arch in known)}: install an NVRTC that knows sm_{sm} "
             "(pip install nvidia-cuda-nvrtc for CUDA 13, nvidia-cuda-nvrtc-cu12 for CUDA 12)"
         )
-    arguments = [f"--gpu-architecture=sm_{sm}", *options]
+    arguments = [f"--gpu-architecture=sm_{sm}", *OPTIONS]
     key = hashlib.sha256("\0".join((*arguments, version, "")).encode())
     for text in (source.read_bytes(), *_headers(source).values()):
         key.update(text)
@@ -56,13 +56,13 @@ def installed() -> tuple[str, tuple[int, ...]]:
     return _version(nvrtc), _architectures(nvrtc)
 
 
-def listing(source: Path, sm: int, options: Sequence[str]) -> tuple[str, str]:
+def listing(source: Path, sm: int) -> tuple[str, str]:
     """The PTX of a source, and what ptxas tells of every function in it: compiled anew, past the cache.
 
     Raises EngineError if NVRTC is missing or rejects the source.
     """
     nvrtc = _library()
-    arguments = [f"--gpu-architecture=sm_{sm}", *options, "--ptxas-options=--verbose"]
+    arguments = [f"--gpu-architecture=sm_{sm}", *OPTIONS, "--ptxas-options=--verbose"]
     with _program(nvrtc, source, arguments) as program:
         ptx = _output(nvrtc, program, nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
         return _text(ptx), _log(nvrtc, program)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from bar_edge.runtime.engines.cuda.compiler import OPTIONS, compile_source
+from bar_edge.runtime.engines.cuda.compiler import compile_source
 from bar_edge.runtime.engines.cuda.device import Argument, CudaDevice, CudaKernels
 
 MODEL = Path(__file__).with_name("model.cu")
@@ -20,7 +20,7 @@ class Module(Protocol):
 
 def compile_model(sm: int) -> bytes:
     """model.cu as a cubin for compute capability `sm`, from the cache where it was compiled. Raises EngineError."""
-    return compile_source(MODEL, sm, OPTIONS)
+    return compile_source(MODEL, sm)
 
 
 def load_model(device: CudaDevice) -> CudaKernels:

@@ -210,7 +210,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, driver: FakeDriver) -> FakeDriver:
     monkeypatch.setattr(device, "import_module", lambda name: driver)
     monkeypatch.setattr(device, "kernels", lambda sm: f"cubin for {sm}".encode())
     monkeypatch.setattr(device, "installed", lambda: ("13.0", (87,)))
-    monkeypatch.setattr(module, "compile_source", lambda source, sm, options: b"cubin of the model")
+    monkeypatch.setattr(module, "compile_source", lambda source, sm: b"cubin of the model")
     return driver
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cuda.bindings import driver
 
-from bar_edge.runtime.engines.cuda.compiler import OPTIONS, compile_source
+from bar_edge.runtime.engines.cuda.compiler import compile_source
 
 from .host import Argument, Part, Table
 
@@ -30,7 +30,7 @@ class GpuKernels:
                 attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
             )
         )
-        self._module = _checked(driver.cuModuleLoadData(compile_source(source, 10 * major + minor, OPTIONS)))
+        self._module = _checked(driver.cuModuleLoadData(compile_source(source, 10 * major + minor)))
 
     def launch(self, name: str, grid: int, block: int, *args: Argument) -> None:
         """Copy the arrays to the GPU, run the kernel, copy them back."""

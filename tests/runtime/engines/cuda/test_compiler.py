@@ -8,7 +8,7 @@ import pytest
 
 from bar_edge.benchmarks.kernels import TARGETS
 from bar_edge.runtime.engines.cuda import compiler
-from bar_edge.runtime.engines.cuda.compiler import KERNELS, OPTIONS, compile_source, installed, kernels, listing
+from bar_edge.runtime.engines.cuda.compiler import KERNELS, compile_source, installed, kernels, listing
 from bar_edge.runtime.errors import EngineError
 
 NAMES = re.findall(r"__global__ void (\w+)", KERNELS.read_text())
@@ -88,13 +88,15 @@ def test_a_second_start_compiles_nothing(compilations, cache):
 
 
 def test_whatever_the_cubin_depends_on_compiles_anew(compilations, tiny, monkeypatch):
-    compile_source(tiny, 80, OPTIONS)
-    compile_source(tiny, 86, OPTIONS)
-    compile_source(tiny, 80, ("--std=c++17",))
+    compile_source(tiny, 80)
+    compile_source(tiny, 86)
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "OPTIONS", ("--std=c++17",))
+        compile_source(tiny, 80)
     tiny.write_text(tiny.read_text().replace("1", "2"))
-    compile_source(tiny, 80, OPTIONS)
+    compile_source(tiny, 80)
     monkeypatch.setattr(compiler, "_version", lambda nvrtc: "99.0")
-    compile_source(tiny, 80, OPTIONS)
+    compile_source(tiny, 80)
     assert len(compilations) == 5
 
 
@@ -102,19 +104,19 @@ def test_a_header_is_found_beside_its_source_and_compiles_anew_when_it_changes(c
     header = tiny.with_name("one.cuh")
     header.write_text("const int one = 1;")
     tiny.write_text('#include "one.cuh"\nextern "C" __global__ void tiny(int* n) { *n = one; }')
-    first = compile_source(tiny, 80, OPTIONS)
+    first = compile_source(tiny, 80)
     header.write_text("const int one = 2;")
-    assert compile_source(tiny, 80, OPTIONS) != first
+    assert compile_source(tiny, 80) != first
     assert len(compilations) == 2
 
 
 @pytest.mark.parametrize("damage", [lambda stored: stored[:-1], lambda stored: stored[:-1] + b"?", lambda stored: b""])
 def test_a_damaged_entry_is_compiled_again_and_mended(compilations, cache, tiny, damage):
-    cubin = compile_source(tiny, 80, OPTIONS)
+    cubin = compile_source(tiny, 80)
     (entry,) = cache.iterdir()
     whole = entry.read_bytes()
     entry.write_bytes(damage(whole))
-    assert compile_source(tiny, 80, OPTIONS) == cubin
+    assert compile_source(tiny, 80) == cubin
     assert len(compilations) == 2
     assert entry.read_bytes() == whole
 
@@ -122,7 +124,7 @@ def test_a_damaged_entry_is_compiled_again_and_mended(compilations, cache, tiny,
 def test_without_a_cache_folder_it_compiles_every_time(compilations, tiny, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("a folder cannot be made below this")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert compile_source(tiny, 80, OPTIONS) == compile_source(tiny, 80, OPTIONS)
+    assert compile_source(tiny, 80) == compile_source(tiny, 80)
     assert len(compilations) == 2
 
 
@@ -132,7 +134,7 @@ def test_without_a_home_it_compiles_every_time(compilations, tiny, monkeypatch):
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", homeless)
-    assert compile_source(tiny, 80, OPTIONS).startswith(b"\x7fELF")
+    assert compile_source(tiny, 80).startswith(b"\x7fELF")
     assert len(compilations) == 1
 
 
@@ -142,7 +144,7 @@ def test_the_cache_is_in_the_home_unless_told_otherwise(nvrtc, tiny, tmp_path, m
     if setting is not None:
         monkeypatch.setenv("XDG_CACHE_HOME", setting)
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
-    compile_source(tiny, 80, OPTIONS)
+    compile_source(tiny, 80)
     assert len(list((tmp_path / "home/.cache/bar-edge").iterdir())) == 1
 
 
@@ -155,19 +157,19 @@ def test_an_unknown_gpu_is_named_with_the_remedy(nvrtc):
 def test_a_rejected_source_shows_what_nvrtc_says(nvrtc, tiny, cache):
     tiny.write_text('extern "C" __global__ void tiny(int* n) { *n = missing; }')
     with pytest.raises(EngineError, match=r'tiny\.cu.*"missing" is undefined'):
-        compile_source(tiny, 80, OPTIONS)
+        compile_source(tiny, 80)
     assert not cache.exists()
 
 
 def test_a_listing_is_of_the_kernel_itself_and_leaves_the_cache_alone(nvrtc, tiny, cache):
     version, known = installed()
     assert version == ".".join(map(str, nvrtc.nvrtcVersion()[1:])) and list(known) == nvrtc.nvrtcGetSupportedArchs()[1]
-    ptx, log = listing(tiny, 80, OPTIONS)
+    ptx, log = listing(tiny, 80)
     assert ".entry tiny(" in ptx and "Compiling entry function 'tiny' for 'sm_80'" in log
     assert not cache.exists()
     tiny.write_text("wrong")
     with pytest.raises(EngineError, match=r"NVRTC does not compile tiny\.cu"):
-        listing(tiny, 80, OPTIONS)
+        listing(tiny, 80)
 
 
 def test_missing_bindings_name_the_extra(monkeypatch):

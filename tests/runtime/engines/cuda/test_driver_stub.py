@@ -15,7 +15,7 @@ import pytest
 from bar_edge.benchmarks.gpu_token import BARRIER, LAUNCH, PHASES, PROGRAMMATIC
 from bar_edge.export.prepack import prepack_bundle
 from bar_edge.runtime.engines import Batch
-from bar_edge.runtime.engines.cuda.compiler import OPTIONS, compile_source
+from bar_edge.runtime.engines.cuda.compiler import compile_source
 from bar_edge.runtime.engines.cuda.module import MODEL
 from bar_edge.runtime.engines.cuda.profile import Profile
 from bar_edge.runtime.engines.cuda.timeline import Timeline
@@ -225,7 +225,7 @@ def run(host, host_model, tmp_path_factory):
     if not sys.platform.startswith("linux"):
         pytest.skip("the driver is made for Linux")
     try:
-        compile_source(MODEL, SM, OPTIONS)
+        compile_source(MODEL, SM)
     except EngineError as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("driver")
