@@ -5,7 +5,6 @@ Exit codes: 0 done; 1 a check ran and failed; 2 a mistake that one sentence expl
 
 import json
 import math
-import os
 import shlex
 import sys
 from contextlib import ExitStack
@@ -83,9 +82,11 @@ def quantize(
     calibration: Annotated[
         Path | None, typer.Option("--calibration", help="File of ranges: used if it exists, written if not.")
     ] = None,
-    images: Annotated[int, typer.Option(min=1, help="Images to calibrate on.")] = 32,
-    seed: Annotated[int, typer.Option(help="Seed of the calibration images.")] = 1000,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images drawn together.")] = 8,
+    images: Annotated[int | None, typer.Option(min=1, help="Images to calibrate on.", show_default="32")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the calibration images.", show_default="1000")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="Images drawn together.", show_default="8")
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option("--data", help="Real images, pretokenized (ROOT/train/CLASS/*.npz), instead of drawn ones."),
@@ -113,7 +114,7 @@ def quantize(
     """
     from bar_edge.runtime.bundle import check_output
 
-    trajectories = _need("bar_edge.calibration.trajectories", "calibration")
+    ranges = _need("bar_edge.calibration.ranges", "calibration")
     quantizer = _need("bar_edge.calibration.quantizer", "calibration")
     check_output(output, force=force, sources=[bundle])
     kept = tuple(layer.removesuffix("=fp16") for layer in keep or ())
@@ -122,23 +123,14 @@ def quantize(
         source = _open(bundle, bar)
         quantizer.check_settings(source, precision=precision, observer=observer, keep=kept, budget=budget)
         partial = output.absolute().parent / f".{output.name}.calibration.npz"
-        if calibration is not None and not os.access(calibration.absolute().parent, os.W_OK):
-            raise RequestError(f"{calibration}: its folder does not exist or cannot be written; make it first")
-        if calibration is not None and calibration.exists():
-            collected = trajectories.Calibration.load(calibration)
-            collected.check_bundle(source, calibration)
+        kept_for_later.callback(_tell_of, partial)
+        there = calibration is not None and calibration.exists()
+        collected = ranges.obtain(
+            source, ranges.Asked(images, seed, batch_size, data), file=calibration, partial=partial, threads=threads,
+            progress=bar,
+        )  # fmt: skip
+        if there:
             err.print(f"using the ranges in {calibration}: {collected.plan.images} images, seed {collected.plan.seed}")
-        else:
-            real = None
-            if data is not None:
-                reader = _need("bar_edge.calibration.pretokenized", "calibration")
-                real = reader.read_pretokenized(data, source.spec, images=images, seed=seed)
-            plan = trajectories.make_plan(source.spec, images=images, seed=seed, batch_size=batch_size, real=real)
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            kept_for_later.callback(_tell_of, partial)
-            collected = trajectories.collect(source, plan, real=real, partial=partial, threads=threads, progress=bar)
-            if calibration is not None:
-                collected.save(calibration)
         made = quantizer.quantize_bundle(
             source, collected, output, precision=precision, observer=observer, asymmetric=asymmetric,
             keep_fp32=tuple(set(kept) - set(halves)), keep_fp16=halves, budget=budget, measure=measure, force=force,

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from bar_edge.calibration import trajectories
+from bar_edge.calibration import ranges
 from bar_edge.calibration.trajectories import Calibration
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.cli import app
 from bar_edge.runtime.errors import BarEdgeError, BundleError, CalibrationError, RequestError
 
 MAIN = "from bar_edge.runtime.cli import main\nmain()"
-FEW = ("--images", 4, "--batch-size", 4, "--threads", 1)
+FEW = ("--images", 4, "--batch-size", 4)
 
 
 def run(*arguments: object):
@@ -23,8 +23,8 @@ def run(*arguments: object):
     return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
-def quantize(bundle: Path, output: Path, *options: object):
-    return run("quantize", bundle, "-o", output, "--no-measure", *FEW, *options)
+def quantize(bundle: Path, output: Path, *options: object, few: tuple[object, ...] = FEW):
+    return run("quantize", bundle, "-o", output, "--no-measure", "--threads", 1, *few, *options)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,12 @@ def never_collected(monkeypatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError("hours of collecting began before the mistake was found")
 
-    monkeypatch.setattr(trajectories, "collect", fail)
+    monkeypatch.setattr(ranges, "collect", fail)
+
+
+def unwrapped(text: str) -> str:
+    """Without the line breaks of a narrow terminal."""
+    return text.replace("\n", "")
 
 
 def layers_of(bundle: Bundle) -> dict[str, str]:
@@ -74,13 +79,28 @@ def test_quantize_measures_unless_told_otherwise(small, saved, tmp_path):
 
 
 def test_a_calibration_is_written_and_used_again(small, tmp_path, monkeypatch, request):
-    ranges = tmp_path / "ranges.npz"
-    assert quantize(small.bundle.path, tmp_path / "first", "--calibration", ranges).exit_code == 0
-    assert Calibration.load(ranges).complete
+    file = tmp_path / "ranges.npz"
+    assert quantize(small.bundle.path, tmp_path / "first", "--calibration", file).exit_code == 0
+    assert Calibration.load(file).complete
     request.getfixturevalue("never_collected")
-    assert quantize(small.bundle.path, tmp_path / "second", "--calibration", ranges).exit_code == 0
-    first, second = (Bundle.open(tmp_path / name) for name in ("first", "second"))
-    assert first.digest == second.digest
+    for name, few in (("second", FEW), ("third", ())):  # the same command again, and one that leaves it to the file
+        done = quantize(small.bundle.path, tmp_path / name, "--calibration", file, few=few)
+        assert done.exit_code == 0 and f"using the ranges in {file}: 4 images, seed 1000" in unwrapped(done.stderr)
+    first, *others = (Bundle.open(tmp_path / name) for name in ("first", "second", "third"))
+    assert {bundle.digest for bundle in others} == {first.digest}
+
+
+@pytest.mark.usefixtures("never_collected")
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [("--images", 5, "images {images}, not 5"), ("--seed", 3, "seed {seed}, not 3"),
+     ("--batch-size", 3, "batch size {batch_size}, not 3")],
+)  # fmt: skip
+def test_a_calibration_that_is_not_what_was_asked_for_is_not_used(small, saved, tmp_path, option, value, told):
+    plan = Calibration.load(saved).plan
+    with pytest.raises(RequestError, match=rf"was collected with {told.format(**vars(plan))}; leave those options out"):
+        quantize(small.bundle.path, tmp_path / "q", "--calibration", saved, option, value, few=())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_real_images_are_calibrated_on(small, tmp_path):
@@ -95,6 +115,16 @@ def test_real_images_are_calibrated_on(small, tmp_path):
     assert quantize(small.bundle.path, tmp_path / "q", "--data", tmp_path / "data").exit_code == 0
     calibration = Bundle.open(tmp_path / "q").manifest["quantization"]["calibration"]
     assert calibration["images"] == 4 and len(calibration["data"]) == 64
+    file = tmp_path / "ranges.npz"
+    options = ("--data", tmp_path / "data", "--calibration", file)
+    assert quantize(small.bundle.path, tmp_path / "s", *options).exit_code == 0
+    assert quantize(small.bundle.path, tmp_path / "t", *options, few=()).exit_code == 0
+    for changed in (tmp_path / "data" / "train").glob("*/*.npz"):
+        with np.load(changed) as stored:
+            turned = {name: ~stored[name] for name in stored.files}
+        np.savez(changed, **turned)
+    with pytest.raises(RequestError, match="was collected with data [0-9a-f]{64}, not [0-9a-f]{64}; leave"):
+        quantize(small.bundle.path, tmp_path / "u", *options)
     with pytest.raises(CalibrationError, match="holds 6 images, 7 were asked for"):
         quantize(small.bundle.path, tmp_path / "r", "--data", tmp_path / "data", "--images", 7)
 
@@ -103,7 +133,7 @@ def test_layers_are_kept_and_a_budget_is_told(small, saved, tmp_path):
     keep = ("blocks.0.attn.qkv", "decoder.ffn.0")
     done = quantize(
         small.bundle.path, tmp_path / "q", "--precision", "int4-weight", "--calibration", saved, "--budget", 0.01,
-        *(part for layer in keep for part in ("--keep", layer)),
+        *(part for layer in keep for part in ("--keep", layer)), few=(),
     )  # fmt: skip
     assert done.exit_code == 0
     bundle = Bundle.open(tmp_path / "q")
@@ -113,11 +143,11 @@ def test_layers_are_kept_and_a_budget_is_told(small, saved, tmp_path):
 
 
 def test_force_replaces_a_bundle(small, saved, tmp_path):
-    assert quantize(small.bundle.path, tmp_path / "q", "--calibration", saved).exit_code == 0
+    assert quantize(small.bundle.path, tmp_path / "q", "--calibration", saved, few=()).exit_code == 0
     with pytest.raises(BundleError, match="exists already"):
-        quantize(small.bundle.path, tmp_path / "q", "--calibration", saved)
+        quantize(small.bundle.path, tmp_path / "q", "--calibration", saved, few=())
     done = quantize(
-        small.bundle.path, tmp_path / "q", "--calibration", saved, "--precision", "int8-weight", "--force"
+        small.bundle.path, tmp_path / "q", "--calibration", saved, "--precision", "int8-weight", "--force", few=()
     )  # fmt: skip
     assert done.exit_code == 0
     assert Bundle.open(tmp_path / "q").manifest["quantization"]["precision"] == "int8-weight"
@@ -267,4 +297,4 @@ def test_every_layer_that_inspect_lists_can_be_kept(small, saved, tmp_path):
     """The error for an unknown layer sends people there."""
     listed = json.loads(run("inspect", small.bundle.path, "--json").stdout)["linear_layers"]
     options = [part for layer in listed if not layer.startswith("blocks.") for part in ("--keep", layer)]
-    assert quantize(small.bundle.path, tmp_path / "q", "--calibration", saved, *options).exit_code == 0
+    assert quantize(small.bundle.path, tmp_path / "q", "--calibration", saved, *options, few=()).exit_code == 0

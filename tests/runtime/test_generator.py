@@ -103,10 +103,12 @@ def test_a_seed_of_any_integer_type_is_the_same_seed(bar, kind):
 
 
 @pytest.mark.parametrize("random_order", [False, True])
-def test_led_along_its_own_bits_an_image_comes_out_again(bar, random_order):
-    classes, noise = np.array([4, 5]), SeededNoise(3, [0, 1], random_order)
+def test_led_along_its_own_bits_an_image_comes_out_again(digits, random_order):
+    """Of a trained model, whose tokens depend on those before them."""
+    bar, classes, noise = digits.runtime, np.array([4, 5]), SeededNoise(3, [0, 1], random_order)
     bits = bar.sample(classes, bar.recipe(), noise)
     np.testing.assert_array_equal(bar.sample(classes, bar.recipe(), noise, history=bits), bits)
+    assert (bar.sample(classes, bar.recipe(), noise, history=1 - bits) != bits).any()
 
 
 def test_decoding_given_bits_is_the_decoder_with_clamped_pixels(bar):

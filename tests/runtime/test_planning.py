@@ -184,7 +184,7 @@ def test_a_token_waits_for_every_phase_and_a_chunk_of_modulation_for_one():
 
 def test_the_prefix_runs_every_class_once_in_groups_of_four():
     """All its positions but the last, and the head that is drawn with it."""
-    trunk, modulation, head = (workload.Layer(weights, 10, 4, FP32) for weights in (10**6, 10**3, 1))
+    trunk, modulation, head = (workload.Layer(weights, 10, 4, FP32) for weights in (1000, 100, 7))
     work = replace(bar_b(FP32), trunk=(trunk,), modulation=(modulation,), head_modulation=(), head_pass=(head,))
     counting = replace(FREE, rates={FP32: 1.0}, rate_fraction=1.0)
     for batch, guidance, classes, groups in ((1, 5.0, 2, 1), (3, 5.0, 4, 1), (4, 5.0, 5, 2), (4, 1.0, 4, 1)):

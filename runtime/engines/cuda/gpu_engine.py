@@ -29,9 +29,7 @@ class GpuEngine(ABC):
         self._profiles = sorted(profiles, key=lambda profile: profile.rows)
         self._tables = tables
         self._loops: dict[Profile, Loop] = {}
-        self._latents: list[
-            tuple[Floats, int]
-        ] = []  # of the parts of the last batch but the last one, and their images
+        self._latents: list[tuple[Floats, int]] = []  # and images, of the parts of the last batch but the last one
         self._last: tuple[Loop, int] | None = None  # the loop that drew the last part, and its images
         self._drawn: list[tuple[Loop, int]] = []  # the loops that hold the images drawn last, and how many
 
