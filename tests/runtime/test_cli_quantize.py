@@ -123,7 +123,7 @@ def test_real_images_are_calibrated_on(small, tmp_path):
         with np.load(changed) as stored:
             turned = {name: ~stored[name] for name in stored.files}
         np.savez(changed, **turned)
-    with pytest.raises(RequestError, match="was collected with data [0-9a-f]{64}, not [0-9a-f]{64}; leave"):
+    with pytest.raises(RequestError, match=r"was collected with data [0-9a-f]{64}, not [0-9a-f]{64}; leave"):
         quantize(small.bundle.path, tmp_path / "u", *options)
     with pytest.raises(CalibrationError, match="holds 6 images, 7 were asked for"):
         quantize(small.bundle.path, tmp_path / "r", "--data", tmp_path / "data", "--images", 7)
