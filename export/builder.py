@@ -35,7 +35,7 @@ Shape = Sequence[int | str]
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceForm:
     """How graphs are written that are compiled for a GPU (`export/tensorrt_graphs.py`)."""
 
     dtype: int  # TensorProto.FLOAT, FLOAT16 or BFLOAT16: products, attention and caches; the rest is fp32
@@ -51,7 +51,7 @@ class GraphBuilder:
         precisions: Mapping[str, str] | None = None,
         *,
         onnxruntime: bool = False,
-        device: Device | None = None,
+        device: DeviceForm | None = None,
         parent: "GraphBuilder | None" = None,
     ) -> None:
         """`precisions`: linear layers that are not fp32; `onnxruntime` allows that runtime's operators."""

@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from bar_edge.export.builder import Device
+from bar_edge.export.builder import DeviceForm
 from bar_edge.export.device_weights import device_weights, write
 from bar_edge.export.plan_report import BF16, Program, read_plan
 from bar_edge.export.targets import Target, check_compilable, resolve
@@ -77,7 +77,7 @@ def compile_bundle(
     spec, recipe = source.spec, source.recipe
     places = weights.read_places(source.path / weights.FILE_NAME)
     precisions = linear_layers(places)
-    device = Device(PRECISIONS[precision], builder.in_place)
+    device = DeviceForm(PRECISIONS[precision], builder.in_place)
     expected = {layer: precision if kind in (FP32, FP16) else kind for layer, kind in precisions.items()}
     tensors = weights.open_weights(source.path)
     pending = device_weights(tensors, precisions, device.dtype)

@@ -11,7 +11,7 @@ RTX_SMS = (80, 86, 89, 120)  # what a TensorRT-RTX plan made here covers
 
 
 @dataclass(frozen=True)
-class Device:
+class Gpu:
     """A GPU by name."""
 
     title: str
@@ -19,16 +19,16 @@ class Device:
 
 
 DEVICES = {
-    "a100": Device("A100", 80),
-    "rtx3090": Device("RTX 3090", 86),
-    "orin": Device("Jetson Orin", 87),
-    "rtx4090": Device("RTX 4090", 89),
-    "l4": Device("L4", 89),
-    "h100": Device("H100", 90),
-    "h200": Device("H200", 90),
-    "b200": Device("B200", 100),
-    "thor": Device("Jetson Thor", 110),
-    "rtx5090": Device("RTX 5090", 120),
+    "a100": Gpu("A100", 80),
+    "rtx3090": Gpu("RTX 3090", 86),
+    "orin": Gpu("Jetson Orin", 87),
+    "rtx4090": Gpu("RTX 4090", 89),
+    "l4": Gpu("L4", 89),
+    "h100": Gpu("H100", 90),
+    "h200": Gpu("H200", 90),
+    "b200": Gpu("B200", 100),
+    "thor": Gpu("Jetson Thor", 110),
+    "rtx5090": Gpu("RTX 5090", 120),
 }
 NAMES = ("rtx", "host", *DEVICES)
 

@@ -26,7 +26,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 
-from bar_edge.export.builder import Device, GraphBuilder
+from bar_edge.export.builder import DeviceForm, GraphBuilder
 from bar_edge.export.graphs import (
     F32,
     FINAL_PIECES,
@@ -54,7 +54,7 @@ _OPERATOR_HEADS = 4  # of all rows together, from which on it has one
 
 
 def build_tensorrt_graphs(
-    spec: ModelSpec, weights: Weights, precisions: Mapping[str, str], device: Device, profile: Profile
+    spec: ModelSpec, weights: Weights, precisions: Mapping[str, str], device: DeviceForm, profile: Profile
 ) -> dict[str, onnx.ModelProto]:
     """All graphs of a profile by name; `weights` are those that `export/compile.py` makes for the device."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 import pytest
 
-from bar_edge.export.builder import Device
+from bar_edge.export.builder import DeviceForm
 from bar_edge.export.device_weights import device_weights, write
 from bar_edge.export.linear import PRODUCT
 from bar_edge.export.plan_report import Program, read_plan
@@ -33,7 +33,7 @@ class Written:
     """The graphs of one profile, and the folder of the weights they read."""
 
     bundle: Bundle
-    device: Device
+    device: DeviceForm
     profile: Profile
     copies: int  # rows of an image: two with guidance
     folder: Path
@@ -101,7 +101,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Written]:
                 pending = device_weights(weights.open_weights(bundle.path), precisions, dtype)
                 stored[key[:2]] = folder, write(folder, pending)
             folder, places = stored[key[:2]]
-            device = Device(dtype, in_place)
+            device = DeviceForm(dtype, in_place)
             profile = Profile.of(images, guided=guided, passes=len(bundle.recipe.allocation))
             graphs = build_tensorrt_graphs(bundle.spec, places, precisions, device, profile)
             known[key] = Written(bundle, device, profile, 2 if guided else 1, folder, graphs)

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from bar_edge.export.builder import Device as DeviceForm
+from bar_edge.export.builder import DeviceForm
 from bar_edge.export.device_weights import write
 from bar_edge.runtime import engines
 from bar_edge.runtime.bundle import MANIFEST, SELFTEST, Bundle, write_manifest

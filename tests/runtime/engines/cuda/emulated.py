@@ -17,7 +17,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto
 
-from bar_edge.export.builder import Device as DeviceForm
+from bar_edge.export.builder import DeviceForm
 from bar_edge.export.device_weights import device_weights, write
 from bar_edge.export.tensorrt_graphs import build_tensorrt_graphs
 from bar_edge.runtime import weights
