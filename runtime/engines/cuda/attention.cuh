@@ -166,9 +166,9 @@ extern "C" __global__ BOUNDED void attend_prefix(const f32* qkv, const u16* keys
 
 const i32 WARP_QUERIES = 16, QUERIES = WARPS * WARP_QUERIES, KEYS = 64;  // of a block; keys and values at a time
 
-// The decoder's: each of an image's T positions attends to all. qkv float16 [I*T, 3HD], out [I*T, H, d]; d is a multiple
-// of 4, at most DIM. A warp has WARP_QUERIES queries; the largest score of each so far is what its sums are relative to.
-// Grid: I * H * ceil(T / QUERIES).
+// The decoder's, as FlashAttention does it (online softmax): each of an image's T positions attends to all.
+// qkv float16 [I*T, 3HD], out [I*T, H, d]; d is a multiple of 4, at most DIM. A warp has WARP_QUERIES queries; the
+// largest score of each so far is what its sums are relative to. Grid: I * H * ceil(T / QUERIES).
 template <i32 DIM>
 __device__ void attend_all(const u16* qkv, void* out, i32 T, i32 H, i32 d, f32 out_scale) {
     alignas(8) __shared__ u16 keys[KEYS][DIM + 8];  // rows 16 bytes longer, for the sake of banks

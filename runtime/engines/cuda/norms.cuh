@@ -33,8 +33,9 @@ __device__ inline f32 root_mean_square(const f32* x, i32 D) {
     return sqrtf(across_block<added>(sum) / D + RMS_NORM_EPS);
 }
 
-// out [M, D]: the RMS norm of x [M, D], times scale, plus shift, rows of which are `stride` apart; neither where scale
-// is null. With first_weight [D], x itself becomes its norm times that before. Grid: a block per row.
+// RMS norm with adaLN's modulation: out [M, D] is the RMS norm of x [M, D], times scale, plus shift, rows of
+// which are `stride` apart; neither where scale is null. With first_weight [D], x itself becomes its norm times that
+// before. Grid: a block per row.
 extern "C" __global__ BOUNDED void norm_modulate(f32* x, const f32* first_weight, const u16* scale, const u16* shift,
                                                  void* out, i32 D, i32 stride, f32 out_scale) {
     f32* const row = x + (u64)blockIdx.x * D;

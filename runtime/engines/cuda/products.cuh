@@ -1,4 +1,4 @@
-// Products: out = x W^T + bias, and what is done with it on the way out.
+// Products (GEMM): out = x W^T + bias, and what is done with it on the way out (epilogue).
 
 #pragma once
 
@@ -193,8 +193,8 @@ __device__ inline i32 share_of(const Product& p) {
     return (chunks_of<Form>(p) + WARPS - 1) / WARPS;
 }
 
-// Few rows, where reading the weights is what takes time: a block has one tile and 16 * ROW_TILES rows, a warp one part
-// of their sums. Grid: ceil(N / TILE) * ceil(M / (16 * ROW_TILES)).
+// Few rows, where reading the weights is what takes time, split along K: a block has one tile and 16 * ROW_TILES rows, a
+// warp one part of their sums. Grid: ceil(N / TILE) * ceil(M / (16 * ROW_TILES)).
 template <typename Form, i32 ROW_TILES>
 __device__ void few_rows(const Product& p) {
     constexpr i32 ROWS = 16 * ROW_TILES, IN_FLIGHT = ROW_TILES > 2 ? 4 : 8;  // loads that a lane has on their way
@@ -227,7 +227,7 @@ __device__ void few_rows(const Product& p) {
 
 const i32 WARP_ROWS = 32, WARP_OUTPUTS = 32, BLOCK_ROWS = 4 * WARP_ROWS, BLOCK_OUTPUTS = 2 * WARP_OUTPUTS;
 
-// Many rows: a warp has WARP_ROWS of them and WARP_OUTPUTS outputs, and takes one part of their sums after the other,
+// Many rows, tiled: a warp has WARP_ROWS of them and WARP_OUTPUTS outputs, and takes one part of their sums after the other,
 // with the weights of the next chunk on their way. Four warps read the same ones. Grid: ceil(N / BLOCK_OUTPUTS) *
 // ceil(M / BLOCK_ROWS).
 template <typename Form>
