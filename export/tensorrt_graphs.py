@@ -89,7 +89,10 @@ def _modulation(g: GraphBuilder, spec: ModelSpec, profile: Profile) -> onnx.Mode
 
 
 def _prefix(g: GraphBuilder, spec: ModelSpec, profile: Profile) -> onnx.ModelProto:
-    """All prefix positions but the last, which is the first step. The last layer gives its keys and values alone."""
+    """All prefix positions but the last, which is the first step.
+
+    The last layer gives its keys and values alone; what it computes beyond leads to no output, and builders drop it.
+    """
     cache = _Fresh(g, spec, profile.prefix_rows, spec.prefix_length - 1)
     _trunk(g, spec, cache.rows * cache.positions, cache)
     cache.output()

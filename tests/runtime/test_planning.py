@@ -134,6 +134,18 @@ def test_every_measured_figure_is_within_the_target():
     assert {(one.file, one.precision, one.stage) for one in found if abs(one.error) > TARGET} == MISSES
 
 
+def test_the_documents_table_is_what_is_found_today():
+    page = (RESULTS.parents[1] / "docs" / "planning.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("| `cpu_")]
+    rows = [[cell.strip(" `*") for cell in line.split("|")[1:-1]] for line in lines]
+    told = {(file, precision, int(batch), figure): error for file, precision, batch, figure, *_, error in rows}
+    found = {
+        (one.file, one.precision, one.batch, one.stage.replace("_", " ")): f"{one.error:+.1%}"
+        for one in deviations(RESULTS, VARIANTS["bar_b"], CPU)
+    }
+    assert told == found
+
+
 def test_the_cpus_constants_are_those_of_the_files_they_cite():
     products = json.loads((RESULTS / "products.json").read_text())["weights_per_second"]
     readings = [entry["memory_bytes_per_second"] for shapes in products.values() for entry in shapes.values()]
