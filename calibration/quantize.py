@@ -42,7 +42,12 @@ class Choice:
 def choose(
     stats: InputStats, weight: Floats, precision: str, observer: str, *, foldable: bool, asymmetric: bool = False
 ) -> Choice:
-    """Search the smoothing strength with the least output error on the sampled rows. weight [out, in]."""
+    """Search the smoothing strength with the least output error on the sampled rows. weight [out, in].
+
+    Raises CalibrationError for weights that are not finite.
+    """
+    if not np.isfinite(weight).all():
+        raise CalibrationError(f"the weights of {stats.layer} hold NaN or infinite values; the bundle is damaged")
     rows = stats.sample()
     judged = weight[:: max(1, len(weight) // _JUDGED_OUTPUTS)]  # enough to compare strengths by
     exact = rows @ judged.T
@@ -66,7 +71,7 @@ def choose(
         if best is None or snr > best.snr_db:
             best = Choice(precision, strength, s, scale, zero_point if asymmetric else None, float(snr))
     if best is None or not np.isfinite(best.snr_db):
-        raise CalibrationError(f"the weights of {stats.layer} hold NaN or infinite values; the bundle is damaged")
+        raise CalibrationError(f"the products of {stats.layer} overflow float32; the bundle is damaged")
     return best
 
 

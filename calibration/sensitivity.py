@@ -98,7 +98,8 @@ def plot(result: Sensitivity, path: Path) -> None:
     colours = ["#c44e52" if layer in result.kept_fp32 else "#4c72b0" for layer in layers]
     axes.bar(range(len(layers)), [result.harm[layer] for layer in layers], color=colours)
     axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=6)
-    axes.set_yscale("log")
+    if any(harm > 0 for harm in result.harm.values()):
+        axes.set_yscale("log")
     axes.set_ylabel("KL if quantized alone, nats a bit", fontsize=9)
     axes.set_title(
         f"{len(result.kept_fp32)} layers kept in fp32 (red): {result.before.flips:.2%} flips before, "

@@ -170,5 +170,6 @@ def _tolerance(bundle: Bundle, engine: str) -> Tolerance:
 
 
 def _error(found: NDArray[np.float32], recorded: NDArray[np.float32]) -> float:
-    """Largest difference as a fraction of the largest recorded value."""
-    return float(np.abs(found - recorded).max() / max(np.abs(recorded).max(), 1e-12))
+    """Largest difference as a fraction of the largest recorded value; NaN where a value is not finite."""
+    with np.errstate(invalid="ignore"):
+        return float(np.abs(found - recorded).max() / max(np.abs(recorded).max(), 1e-12))

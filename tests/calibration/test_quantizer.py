@@ -360,12 +360,14 @@ def test_a_calibration_that_does_not_belong_to_the_bundle_is_refused(small, patc
         assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_that_are_not_numbers_are_refused_by_name(small, tmp_path, reseal):
+@pytest.mark.parametrize("row", [0, 1], ids=["the first row", "a row that no strength is judged by"])
+def test_weights_that_are_not_numbers_are_refused_by_name(small, tmp_path, reseal, monkeypatch, row):
     """At the very end of the decoder, where no other layer's input would tell."""
+    monkeypatch.setattr("bar_edge.calibration.quantize._JUDGED_OUTPUTS", 4)
     folder = Path(shutil.copytree(small.bundle.path, tmp_path / "damaged"))
     place = weights.read_places(folder / weights.FILE_NAME)["decoder.ffn.0.weight"]
     with (folder / weights.FILE_NAME).open("r+b") as file:
-        file.seek(place.offset)
+        file.seek(place.offset + row * place.shape[1] * place.dtype.itemsize)
         file.write(np.full(8, np.nan, dtype=np.float32).tobytes())
     reseal(folder)
     bundle = Bundle.open(folder)
