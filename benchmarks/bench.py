@@ -3,7 +3,7 @@
 The report (schema: docs/benchmarking.md) is plain JSON; `tables.py`, `charts.py` and `page.py` show it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -24,6 +24,7 @@ from bar_edge.benchmarks.plan import CONTENDERS, FORMS, FP32, Entrant, Plan, nam
 from bar_edge.benchmarks.profiles import MAX_OVERHEAD
 from bar_edge.runtime import engines
 from bar_edge.runtime.errors import RequestError
+from bar_edge.runtime.progress import Progress
 
 FORMAT, FORMAT_VERSION = "bar-edge bench", 1
 # Threads of whoever ran before spin on for a while: right after the matrix product of the machine's best, PyTorch's
@@ -32,7 +33,6 @@ _SETTLE_SECONDS = 0.2
 _BEST = ("bytes_per_second", "flops_per_second")
 _GPU_BEST = "gpu_bytes_per_second"
 
-Progress = Callable[[str, int, int], None]  # what comes next, pieces done, pieces in all
 Images = dict[str, list[NDArray[np.uint8]]]  # contender -> the images [H, W, 3] of its last proof
 
 

@@ -6,7 +6,6 @@ head become `int8-weight`, which only rounds weights and needs no calibration. M
 """
 
 import shutil
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ from bar_edge.calibration.quantize import quantizable, to_blocks
 from bar_edge.calibration.quantizer import write_weights
 from bar_edge.export.graphs import build_graphs
 from bar_edge.runtime import weights
-from bar_edge.runtime.bundle import SELFTEST, Bundle, publish, write_manifest
+from bar_edge.runtime.bundle import SELFTEST, Bundle, derived_provenance, publish, write_manifest
 from bar_edge.runtime.precisions import INT8_WEIGHT
+from bar_edge.runtime.progress import silent
 
 _BITS, _ZERO_POINT = 8, 0x80
 
@@ -40,17 +40,14 @@ def eight_bit(source: Bundle, output: Path) -> Bundle:
     held[f"zero_points{_BITS}"] = np.full(scales, _ZERO_POINT, dtype=np.uint8)
     precisions = dict.fromkeys(rounded, INT8_WEIGHT)
     with publish(output, sum(array.nbytes for array in held.values()), force=False) as folder:
-        graphs = build_graphs(source.spec, write_weights(folder, held, lambda what, done, total: None), precisions)
+        graphs = build_graphs(source.spec, write_weights(folder, held, silent), precisions)
         for name, model in graphs.items():
             onnx.save(model, folder / f"{name}.onnx")
         shutil.copyfile(source.path / SELFTEST, folder / SELFTEST)
         write_manifest(
             folder, spec=source.spec, recipe=source.recipe, variant=source.variant,
             graphs={name: {"file": f"{name}.onnx", "precision": INT8_WEIGHT} for name in graphs},
-            provenance={
-                "made_by": {name: metadata.version(name) for name in ("bar-edge", "onnx", "numpy")},
-                "source": {"digest": source.digest, "provenance": source.manifest["provenance"]},
-            },
+            provenance=derived_provenance(source, "onnx", "numpy"),
             quantization={"precision": INT8_WEIGHT, "layers": {layer: {"precision": INT8_WEIGHT} for layer in rounded}},
         )  # fmt: skip
     return Bundle.open(output)

@@ -5,7 +5,6 @@ pass by pass, so that every decision is compared in the same state. `paired_imag
 noise.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,9 +17,9 @@ from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines import Batch
 from bar_edge.runtime.errors import CalibrationError
 from bar_edge.runtime.generator import Generator
+from bar_edge.runtime.progress import Progress, silent
 
 _PERFECT_DB = 300.0  # of equal values: JSON has no infinity
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def record(
     images: int,
     seed: int,
     batch_size: int = 16,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> list[Recorded]:
     """Draw `images` images of classes spread over the model's, and keep every decision."""
     spec = bundle.spec
@@ -57,9 +56,8 @@ def record(
             known.append(step.seen["known"].copy())  # the next run writes over what was seen
             logits.append(step.seen["logits"].copy())
             latents.append(step.latent.copy())
-            if progress is not None:
-                what = f"recording fp32: images {begin + 1}-{begin + len(ids)} of {images}, tokens"
-                progress(what, n + 1, spec.num_tokens)
+            what = f"recording fp32: images {begin + 1}-{begin + len(ids)} of {images}, tokens"
+            progress(what, n + 1, spec.num_tokens)
         recorded.append(Recorded(batch, np.stack(drawn, axis=1), np.stack(known), np.stack(logits), np.stack(latents)))
     return recorded
 
@@ -85,7 +83,7 @@ class TeacherForced:
 
 
 def teacher_forced(
-    recorded: list[Recorded], engine: ProbeEngine, progress: Progress | None = None, what: str = "teacher-forced"
+    recorded: list[Recorded], engine: ProbeEngine, progress: Progress = silent, what: str = "teacher-forced"
 ) -> TeacherForced:
     """Lead `engine` along recorded trajectories and compare. Use trajectories that were not calibrated on."""
     tokens, passes = recorded[0].known.shape[:2]
@@ -103,8 +101,7 @@ def teacher_forced(
             latent.add(exact.latents[n], step.latent)
             logit.add(a[masked], b[masked])
             step.drawn[:] = exact.drawn[:, n]
-            if progress is not None:
-                progress(what, i * tokens + n + 1, len(recorded) * tokens)
+            progress(what, i * tokens + n + 1, len(recorded) * tokens)
     quarters = np.array_split(np.arange(tokens), 4)
     return TeacherForced(
         images=sum(len(exact.drawn) for exact in recorded),
@@ -155,7 +152,7 @@ def paired_images(reference: Bundle, bundle: Bundle, *, images: int, seed: int, 
 
 
 def compare_bundles(
-    reference: Bundle, bundle: Bundle, *, images: int, seed: int, threads: int = 0, progress: Progress | None = None
+    reference: Bundle, bundle: Bundle, *, images: int, seed: int, threads: int = 0, progress: Progress = silent
 ) -> dict[str, Any]:
     """Teacher-forced decisions and paired images of a quantized bundle beside its fp32, JSON-ready.
 

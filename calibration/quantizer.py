@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,15 @@ from bar_edge.calibration.trajectories import Calibration, check_source, make_ba
 from bar_edge.export.builder import GraphBuilder
 from bar_edge.export.graphs import build_graphs, decode_graph, modulation_graph, step_graph
 from bar_edge.runtime import weights
-from bar_edge.runtime.bundle import SELFTEST, Bundle, check_output, publish, write_manifest
+from bar_edge.runtime.bundle import SELFTEST, Bundle, check_output, derived_provenance, publish, write_manifest
 from bar_edge.runtime.engines.onnxruntime import Step, cpu_count, library, load_session
 from bar_edge.runtime.errors import CalibrationError, EngineError
 from bar_edge.runtime.precisions import BITS, FP16, FP32, INT8
+from bar_edge.runtime.progress import Progress, silent
 from bar_edge.runtime.sampling import Schedule, sample_token, to_fine_grid, to_uint8
 from bar_edge.runtime.selftest import Record
 from bar_edge.runtime.weights import PendingTensor, StoredTensor
 
-Progress = Callable[[str, int, int], None]
 PRECISIONS = (INT8, *BITS)
 MANY_ROWS = ("modulation", "decode")  # graphs that run hundreds of rows at once: weight-only does not pay there
 _FASTER = 1.05  # a quantized graph must be at least this much faster to be kept
@@ -81,7 +80,7 @@ def quantize_bundle(
     measure: bool = True,
     force: bool = False,
     threads: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Bundle:
     """Quantize an fp32 bundle.
 
@@ -99,7 +98,6 @@ def quantize_bundle(
     Raises CalibrationError for settings that do not fit, RequestError for a compiled bundle, EngineError if a graph is
     not what was asked for.
     """
-    report = progress or (lambda what, done, total: None)
     check_output(output, force=force, sources=[source.path])
     check_settings(source, precision=precision, observer=observer, keep=(*keep_fp32, *keep_fp16), budget=budget)
     calibration.check_bundle(source)
@@ -116,7 +114,7 @@ def quantize_bundle(
     }
     choices: dict[str, Choice] = {}
     for i, (layer, kind) in enumerate(wanted.items()):
-        report("choosing scales, layers", i, len(wanted))
+        progress("choosing scales, layers", i, len(wanted))
         if layer not in calibration.stats:
             raise CalibrationError(f"the calibration has nothing for {layer}; it was collected from another model")
         choices[layer] = choose(
@@ -132,14 +130,14 @@ def quantize_bundle(
         if choice.factors is not None:
             smoothing.apply(smoothed, layer, choice.factors)
     halves = {f"{layer}.weight_fp16": smoothed[f"{layer}.weight"].astype(np.float16) for layer in keep_fp16}
-    held = {**smoothed, **_quantized(smoothed, choices, calibration, report), **halves}
+    held = {**smoothed, **_quantized(smoothed, choices, calibration, progress), **halves}
     needed = 2 * sum(array.nbytes for array in held.values()) + _GRAPH_BYTES
     with publish(output, needed, force=force, sources=[source.path]) as folder:
         scratch = folder / "scratch"
         scratch.mkdir()
-        places_both = write_weights(scratch, held, report)
+        places_both = write_weights(scratch, held, progress)
         bench = _Bench(source, scratch, places_both, threads)
-        timings = _measure(bench, layers, wanted, spec.num_tokens, report) if measure else []
+        timings = _measure(bench, layers, wanted, spec.num_tokens, progress) if measure else []
         slow = {timing.graph for timing in timings if not timing.kept}
         final = {
             layer: wanted[layer]
@@ -154,7 +152,7 @@ def quantize_bundle(
                 + "; ".join(timing.sentence for timing in timings)
                 + ". To quantize for another machine, pass --no-measure"
             )
-        recorded = _record(source, calibration, threads, report)
+        recorded = _record(source, calibration, threads, progress)
         searched = None
         if budget is not None:
             in_step = {layer: final[layer] for group in ("trunk", "head") for layer in layers[group] if layer in final}
@@ -162,7 +160,7 @@ def quantize_bundle(
             both = _unpublished(source, scratch, source.graphs)
             fixed = {layer: kind for layer, kind in final.items() if layer not in in_step}
             searched = sensitivity.search(
-                recorded, both, in_step, fixed, sizes, budget=budget, threads=threads, progress=report
+                recorded, both, in_step, fixed, sizes, budget=budget, threads=threads, progress=progress
             )
             final = {layer: kind for layer, kind in final.items() if layer not in searched.kept_fp32}
             if searched.harm:
@@ -173,7 +171,7 @@ def quantize_bundle(
         shutil.rmtree(scratch)
         unused = {f"{layer}.weight" for layer in final}
         unused |= {f"{layer}.{part}" for layer in set(wanted) - set(final) for part in _parts(wanted[layer])}
-        placed = write_weights(folder, {name: held[name] for name in held if name not in unused}, report)
+        placed = write_weights(folder, {name: held[name] for name in held if name not in unused}, progress)
         graphs = build_graphs(spec, placed, final)
         described = {}
         for name, model in graphs.items():
@@ -185,8 +183,8 @@ def quantize_bundle(
             described[name] = {"file": f"{name}.onnx", "precision": summary(found)}
         unpublished = _unpublished(source, folder, {name: entry["file"] for name, entry in described.items()})
         engine = ProbeEngine(unpublished, final, threads)
-        quality = teacher_forced(recorded, engine, report)
-        _self_test(source, engine, report).save(folder / SELFTEST)
+        quality = teacher_forced(recorded, engine, progress)
+        _self_test(source, engine, progress).save(folder / SELFTEST)
         engine.close()
         quantization = {
             "precision": precision,
@@ -201,15 +199,12 @@ def quantize_bundle(
             "sensitivity": _sensitivity_entry(searched),
             "layers": {layer: _layer_entry(final.get(layer, FP32), choices.get(layer)) for layer in known},
         }  # fmt: skip
-        provenance = {
-            "made_by": {name: metadata.version(name) for name in ("bar-edge", "onnx", "onnxruntime", "numpy")},
-            "source": {"digest": source.digest, "provenance": source.manifest["provenance"]},
-        }
         write_manifest(
-            folder, spec=spec, recipe=source.recipe, variant=source.variant, graphs=described, provenance=provenance,
-            quantization=quantization, progress=report,
+            folder, spec=spec, recipe=source.recipe, variant=source.variant, graphs=described,
+            provenance=derived_provenance(source, "onnx", "onnxruntime", "numpy"), quantization=quantization,
+            progress=progress,
         )  # fmt: skip
-    return Bundle.open(output, report)
+    return Bundle.open(output, progress)
 
 
 def check_settings(
@@ -277,7 +272,7 @@ def summary(found: Mapping[str, str]) -> str:
     return ", ".join(f"{kind} x{count}" for kind, count in Counter(found.values()).most_common()) or FP32
 
 
-def write_weights(folder: Path, arrays: Mapping[str, NDArray[Any]], report: Progress) -> dict[str, StoredTensor]:
+def write_weights(folder: Path, arrays: Mapping[str, NDArray[Any]], progress: Progress) -> dict[str, StoredTensor]:
     """Write a weights file of arrays that are held already; returns their places."""
     pending = {
         name: PendingTensor(array.dtype, array.shape, lambda array=array: array)  # type: ignore[misc]
@@ -288,7 +283,7 @@ def write_weights(folder: Path, arrays: Mapping[str, NDArray[Any]], report: Prog
     with (folder / weights.FILE_NAME).open("wb") as file:
         for _, size in weights.write(file, header, places, pending):
             done += size
-            report("writing weights", done, total)
+            progress("writing weights", done, total)
     return places
 
 
@@ -300,13 +295,13 @@ def _parts(precision: str) -> tuple[str, ...]:
 
 
 def _quantized(
-    smoothed: smoothing.Tensors, choices: Mapping[str, Choice], calibration: Calibration, report: Progress
+    smoothed: smoothing.Tensors, choices: Mapping[str, Choice], calibration: Calibration, progress: Progress
 ) -> dict[str, NDArray[Any]]:
     """The stored tensors of every chosen layer, and the zero points that weight-only layers share."""
     arrays: dict[str, NDArray[Any]] = {}
     zero_points = {4: 0, 8: 0}
     for i, (layer, choice) in enumerate(choices.items()):
-        report("quantizing, layers", i, len(choices))
+        progress("quantizing, layers", i, len(choices))
         mean_square = calibration.stats[layer].mean_square
         if choice.factors is not None:
             mean_square = mean_square / choice.factors**2
@@ -321,7 +316,7 @@ def _quantized(
 
 
 def _measure(
-    bench: "_Bench", layers: Mapping[str, list[str]], wanted: Mapping[str, str], tokens: int, report: Progress
+    bench: "_Bench", layers: Mapping[str, list[str]], wanted: Mapping[str, str], tokens: int, progress: Progress
 ) -> list[Timing]:
     """Time every graph in fp32 and quantized; what is kept is what makes an image faster.
 
@@ -330,7 +325,7 @@ def _measure(
     """
 
     def timed(part: str, graph: str) -> tuple[float, float]:
-        report("measuring graphs", len(timings), len(layers) + 1)
+        progress("measuring graphs", len(timings), len(layers) + 1)
         return bench.seconds(graph, {}, {layer: wanted[layer] for layer in layers[part] if layer in wanted})
 
     timings: list[Timing] = []
@@ -345,11 +340,11 @@ def _measure(
     return timings
 
 
-def _record(source: Bundle, calibration: Calibration, threads: int, report: Progress) -> list[Recorded]:
+def _record(source: Bundle, calibration: Calibration, threads: int, progress: Progress) -> list[Recorded]:
     """Held-out fp32 trajectories: the seed after the one that was calibrated on."""
     engine = probe(source, threads)
     try:
-        return record(engine, source, images=_HELD_OUT, seed=calibration.plan.seed + 1, progress=report)
+        return record(engine, source, images=_HELD_OUT, seed=calibration.plan.seed + 1, progress=progress)
     finally:
         engine.close()
 
@@ -414,7 +409,7 @@ class _Bench:
         return step.run
 
 
-def _self_test(source: Bundle, engine: ProbeEngine, report: Progress) -> Record:
+def _self_test(source: Bundle, engine: ProbeEngine, progress: Progress) -> Record:
     """Draw images on the quantized graphs and record the one whose closest decision is farthest from a tie."""
     spec, recipe = source.spec, source.recipe
     class_id = 207 % spec.num_classes
@@ -430,7 +425,7 @@ def _self_test(source: Bundle, engine: ProbeEngine, report: Progress) -> Record:
             lambda known, bits, s, logits=logits: logits[s], schedule, 1.0, step.gumbel_bits, step.gumbel_confidence
         )
         margins = np.minimum(margins, margin)
-        report("self-test: drawing", n + 1, spec.num_tokens)
+        progress("self-test: drawing", n + 1, spec.num_tokens)
     bits = to_fine_grid(drawn, spec)
     best = int(margins.argmax())
     latent, first_logits = engine.last_latents()[best].copy(), step.seen["row_logits"][0, best].copy()

@@ -1,7 +1,6 @@
 """The ranges that `quantize` works with: those in a file, or collected now and kept in it."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,9 +8,9 @@ from bar_edge.calibration.pretokenized import read_pretokenized
 from bar_edge.calibration.trajectories import Calibration, Plan, RealImages, collect, make_plan
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.errors import RequestError
+from bar_edge.runtime.progress import Progress
 
 IMAGES, SEED, BATCH_SIZE = 32, 1000, 8
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ harm it does. If the fully quantized step exceeds the budget, layers go back to 
 holds. The plot shows every layer's harm.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,7 @@ from bar_edge.calibration.probe import ProbeEngine
 from bar_edge.calibration.quality import Recorded, TeacherForced, teacher_forced
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.errors import CalibrationError
-
-Progress = Callable[[str, int, int], None]
+from bar_edge.runtime.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ def search(
     *,
     budget: float,
     threads: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Sensitivity:
     """Find the layers to keep in fp32.
 

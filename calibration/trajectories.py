@@ -21,6 +21,7 @@ from bar_edge.runtime.bundle import Bundle, check_not_compiled
 from bar_edge.runtime.engines import Batch
 from bar_edge.runtime.errors import CalibrationError
 from bar_edge.runtime.noise import SeededNoise
+from bar_edge.runtime.progress import Progress, silent
 from bar_edge.runtime.sampling import to_fine_grid, to_tokens
 from bar_edge.runtime.spec import ModelSpec
 
@@ -128,7 +129,7 @@ def collect(
     real: RealImages | None = None,
     partial: Path | None = None,
     threads: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> Calibration:
     """Stream every linear layer's inputs while `bundle` draws (or follows) the planned images.
 
@@ -160,9 +161,8 @@ def collect(
             if bits is not None:
                 step.drawn[:] = bits[:, n]
             drawn[:, n] = step.drawn
-            if progress is not None:
-                what = f"calibrating: images {begin + 1}-{begin + len(class_ids)} of {plan.images}, tokens"
-                progress(what, n + 1, spec.num_tokens)
+            what = f"calibrating: images {begin + 1}-{begin + len(class_ids)} of {plan.images}, tokens"
+            progress(what, n + 1, spec.num_tokens)
         collector.modulation(engine.modulation_inputs, class_ids)
         collector.decoder(engine.decoder_inputs(to_fine_grid(drawn, spec)))
         collector.flush()

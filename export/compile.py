@@ -12,9 +12,8 @@ import shutil
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,7 +28,7 @@ from bar_edge.export.plan_report import BF16, Program, read_plan
 from bar_edge.export.targets import Target, check_compilable, resolve
 from bar_edge.export.tensorrt_graphs import build_tensorrt_graphs
 from bar_edge.runtime import weights
-from bar_edge.runtime.bundle import SELFTEST, Bundle, publish, write_manifest
+from bar_edge.runtime.bundle import SELFTEST, Bundle, derived_provenance, publish, write_manifest
 from bar_edge.runtime.engines.cuda import cache
 from bar_edge.runtime.engines.cuda.device import driver_version
 from bar_edge.runtime.engines.cuda.loop import ITEMSIZES, TABLES, buffer_sizes
@@ -38,9 +37,9 @@ from bar_edge.runtime.engines.tensorrt import NAME, load_library
 from bar_edge.runtime.errors import EngineError, RequestError
 from bar_edge.runtime.inspection import linear_layers
 from bar_edge.runtime.precisions import BITS, FP16, FP32
+from bar_edge.runtime.progress import Progress, silent
 from bar_edge.runtime.weights import PendingTensor
 
-Progress = Callable[[str, int, int], None]
 PRECISIONS = {FP16: TensorProto.FLOAT16, BF16: TensorProto.BFLOAT16, FP32: TensorProto.FLOAT}
 _IN_PLACE_SINCE = (10, 15)  # TensorRT whose parser turns TensorScatter into a cache update
 _LOG_LINES = 12
@@ -57,7 +56,7 @@ def compile_bundle(
     host_sm: int | None = None,
     keep_onnx: Path | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Bundle:
     """Compile a bundle, fp32 or quantized.
 
@@ -70,10 +69,9 @@ def compile_bundle(
 
     Raises RequestError for settings that do not fit, EngineError if the builder fails or does not do what was asked.
     """
-    report = progress or (lambda what, done, total: None)
     _check(source, precision, batches, keep_onnx)
     resolved = resolve(target, host_sm)
-    builder = Builder(load_library(resolved.package), resolved, report)
+    builder = Builder(load_library(resolved.package), resolved, progress)
     spec, recipe = source.spec, source.recipe
     places = weights.read_places(source.path / weights.FILE_NAME)
     precisions = linear_layers(places)
@@ -86,7 +84,7 @@ def compile_bundle(
     with publish(output, needed, force=force, sources=[source.path]) as folder:
         scratch = folder / "scratch"
         scratch.mkdir()
-        report("writing weights for the device", 0, 1)
+        progress("writing weights for the device", 0, 1)
         device_places = write(scratch, pending)
         compiled: dict[str, dict[str, Any]] = {}  # by file, so that equal graphs of several profiles are one plan
         described = []
@@ -111,22 +109,19 @@ def compile_bundle(
         shutil.copyfile(source.path / SELFTEST, folder / SELFTEST)
         write_manifest(
             folder, spec=spec, recipe=recipe, variant=source.variant, graphs={},
-            provenance={
-                "made_by": {name: metadata.version(name) for name in ("bar-edge", "onnx", "numpy")},
-                "source": {"digest": source.digest, "provenance": source.manifest["provenance"]},
-            },
+            provenance=derived_provenance(source, "onnx", "numpy"),
             quantization=source.manifest.get("quantization"),
             engines={NAME: {**builder.facts, "precision": precision, "profiles": described}},
-            progress=report,
+            progress=progress,
         )  # fmt: skip
-    return Bundle.open(output, report)
+    return Bundle.open(output, progress)
 
 
 class Builder:
     """One library, set up for one target."""
 
-    def __init__(self, library: ModuleType, target: Target, report: Progress) -> None:
-        self._trt, self._target, self._report = library, target, report
+    def __init__(self, library: ModuleType, target: Target, progress: Progress) -> None:
+        self._trt, self._target, self._progress = library, target, progress
         self._rtx = target.package == "tensorrt_rtx"
         self._log = _log_of(library)
         version = tuple(int(part) for part in library.__version__.split(".")[:2])
@@ -162,7 +157,7 @@ class Builder:
         config = builder.create_builder_config()
         config.clear_flag(trt.BuilderFlag.TF32)
         timings = self._timing_cache(config)
-        config.progress_monitor = _monitor_of(trt)(what, self._report, noted)
+        config.progress_monitor = _monitor_of(trt)(what, self._progress, noted)
         if self._rtx:
             config.num_compute_capabilities = len(self._target.sms)
             for i, sm in enumerate(self._target.sms):
@@ -309,9 +304,9 @@ def _monitor_of(trt: ModuleType) -> Any:
     """A progress monitor that reports the builder's phases and stops it when interrupted."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined,misc]
-        def __init__(self, what: str, report: Progress, noted: list[int]) -> None:
+        def __init__(self, what: str, progress: Progress, noted: list[int]) -> None:
             trt.IProgressMonitor.__init__(self)
-            self._what, self._report, self._noted = what, report, noted
+            self._what, self._progress, self._noted = what, progress, noted
             self._steps: dict[str, int] = {}
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
@@ -319,7 +314,7 @@ def _monitor_of(trt: ModuleType) -> Any:
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             try:
-                self._report(f"compiling {self._what}: {phase_name}", step + 1, self._steps.get(phase_name, 0))
+                self._progress(f"compiling {self._what}: {phase_name}", step + 1, self._steps.get(phase_name, 0))
             except KeyboardInterrupt:
                 self._noted.append(signal.SIGINT)
             return not self._noted

@@ -5,7 +5,7 @@ Before publishing, the new bundle draws images with ONNX Runtime and the referen
 """
 
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ from bar_edge.runtime.bundle import SELFTEST, Bundle, publish, sha256, write_man
 from bar_edge.runtime.errors import CheckpointError, EngineError
 from bar_edge.runtime.generator import Generator
 from bar_edge.runtime.noise import SeededNoise
+from bar_edge.runtime.progress import Progress, silent
 from bar_edge.runtime.sampling import Schedule, to_uint8
 from bar_edge.runtime.selftest import Record
 
-Progress = Callable[[str, int, int], None]  # what is being done, done, in all
 _SELFTEST_SEED = 1
 _SELFTEST_IMAGES = 2  # the one whose closest decision is farthest from a tie is recorded
 _IMAGE_TOLERANCE = 1e-4  # of the largest value, decoder against the reference, fp32
@@ -43,7 +43,7 @@ def export_bundle(
     *,
     overrides: Iterable[str] = (),
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Bundle:
     """Export a checkpoint to an fp32 bundle at `output`.
 
@@ -51,8 +51,7 @@ def export_bundle(
     exported graphs do not reproduce the reference model.
     """
     overrides = list(overrides)
-    report = progress or (lambda what, done, total: None)
-    report("reading the checkpoint", 0, 1)
+    progress("reading the checkpoint", 0, 1)
     checkpoint = load_checkpoint(generator, tokenizer, config, overrides)
     _check_heads(checkpoint)
     rewriter = Rewriter(checkpoint)
@@ -64,18 +63,18 @@ def export_bundle(
         with (folder / weights.FILE_NAME).open("wb") as file:
             for _, size in weights.write(file, header, places, rewriter.pending):
                 done += size
-                report("writing weights", done, total)
+                progress("writing weights", done, total)
         graphs = build_graphs(checkpoint.spec, places)
         for i, (name, model) in enumerate(graphs.items()):
-            report("checking graphs", i, len(graphs))
+            progress("checking graphs", i, len(graphs))
             path = folder / f"{name}.onnx"
             onnx.save(model, path)
             onnx.checker.check_model(path, full_check=True)
         described = {name: {"file": f"{name}.onnx", "precision": "fp32"} for name in graphs}
         files = {name: entry["file"] for name, entry in described.items()}
         unpublished = Bundle(folder, checkpoint.spec, checkpoint.recipe, checkpoint.variant, files, {})
-        _self_test(checkpoint, unpublished, report).save(folder / SELFTEST)
-        report("hashing the sources", 0, 1)
+        _self_test(checkpoint, unpublished, progress).save(folder / SELFTEST)
+        progress("hashing the sources", 0, 1)
         write_manifest(
             folder,
             spec=checkpoint.spec,
@@ -83,9 +82,9 @@ def export_bundle(
             variant=checkpoint.variant,
             graphs=described,
             provenance=_provenance(sources, overrides),
-            progress=report,
+            progress=progress,
         )
-    return Bundle.open(output, report)
+    return Bundle.open(output, progress)
 
 
 def _check_heads(checkpoint: Checkpoint) -> None:
@@ -99,16 +98,16 @@ def _check_heads(checkpoint: Checkpoint) -> None:
         )
 
 
-def _self_test(checkpoint: Checkpoint, bundle: Bundle, report: Progress) -> Record:
+def _self_test(checkpoint: Checkpoint, bundle: Bundle, progress: Progress) -> Record:
     """Draw images on the engine, prove them with the reference, and return the most robust one."""
     spec, recipe = checkpoint.spec, checkpoint.recipe
     class_id = 207 % spec.num_classes
     noise = SeededNoise(_SELFTEST_SEED, range(_SELFTEST_IMAGES))
     class_ids = np.full(_SELFTEST_IMAGES, class_id)
     with Generator(bundle, engine="onnxruntime") as runtime:
-        bits = runtime.sample(class_ids, recipe, noise, lambda done, total: report("self-test: drawing", done, total))
+        bits = runtime.sample(class_ids, recipe, noise, lambda done, total: progress("self-test: drawing", done, total))
         decoded = runtime.decode_raw(bits)
-    report("self-test: repeating with the reference model", 0, 1)
+    progress("self-test: repeating with the reference model", 0, 1)
     reference = build_generator(checkpoint)
     checked = replay(reference, bits, class_ids.tolist(), recipe, noise)
     _check_finite(checked)

@@ -17,8 +17,7 @@ two halves: SwiGLU takes them in pairs.
 """
 
 import shutil
-from collections.abc import Callable, Mapping
-from importlib import metadata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,14 @@ from onnx import TensorProto
 from bar_edge.export.device_weights import device_weights, write
 from bar_edge.export.targets import check_compilable
 from bar_edge.runtime import weights
-from bar_edge.runtime.bundle import SELFTEST, Bundle, publish, write_manifest
+from bar_edge.runtime.bundle import SELFTEST, Bundle, derived_provenance, publish, write_manifest
 from bar_edge.runtime.engines.cuda.resident import CHUNK_BYTES, CHUNK_INPUTS, FAMILY, NAME, TILE
 from bar_edge.runtime.errors import CompatibilityError
 from bar_edge.runtime.inspection import engine_sentence, linear_layers
 from bar_edge.runtime.precisions import FP16, FP32, INT4_WEIGHT, INT8, INT8_WEIGHT
+from bar_edge.runtime.progress import Progress, silent
 from bar_edge.runtime.weights import PendingTensor
 
-Progress = Callable[[str, int, int], None]
 _INPUT_MULTIPLE = 8
 _STEP, _LANE_INPUTS = 16, 4  # inputs that a warp multiplies at once in float16, and what of them a lane has
 _NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)  # of a word: where the eight INT4 values of two steps lie
@@ -44,33 +43,29 @@ _INTEGER_MULTIPLE = 16  # of the inputs of integer layers; `quantize` keeps to i
 _RATIO_LAYERS = ("lm_head.t_embedder.mlp.0", "lm_head.t_embedder.mlp.2")  # never quantized
 
 
-def prepack_bundle(source: Bundle, output: Path, *, force: bool = False, progress: Progress | None = None) -> Bundle:
+def prepack_bundle(source: Bundle, output: Path, *, force: bool = False, progress: Progress = silent) -> Bundle:
     """Write the bundle of the engine `cuda`, fp32 or quantized layers in fp16, INT8 and INT4.
 
     Raises RequestError for a compiled bundle, CompatibilityError for one that only ONNX Runtime runs, BundleError for
     weights that float16 cannot hold.
     """
-    report = progress or (lambda what, done, total: None)
     check_compilable(source)
     precisions = linear_layers(weights.read_places(source.path / weights.FILE_NAME))
     precisions |= dict.fromkeys(_RATIO_LAYERS, FP32)
     tensors, layers = prepacked(weights.open_weights(source.path), precisions)
     needed = 2 * source.file_bytes(weights.FILE_NAME)
     with publish(output, needed, force=force, sources=[source.path]) as folder:
-        report("writing weights for the kernels", 0, 1)
+        progress("writing weights for the kernels", 0, 1)
         write(folder, tensors)
         shutil.copyfile(source.path / SELFTEST, folder / SELFTEST)
         write_manifest(
             folder, spec=source.spec, recipe=source.recipe, variant=source.variant, graphs={},
-            provenance={
-                "made_by": {name: metadata.version(name) for name in ("bar-edge", "numpy")},
-                "source": {"digest": source.digest, "provenance": source.manifest["provenance"]},
-            },
+            provenance=derived_provenance(source, "numpy"),
             quantization=source.manifest.get("quantization"),
             engines={NAME: {"family": FAMILY, "precision": FP16, "layers": layers}},
-            progress=report,
+            progress=progress,
         )  # fmt: skip
-    return Bundle.open(output, report)
+    return Bundle.open(output, progress)
 
 
 def sentence(made: Bundle) -> str:

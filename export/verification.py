@@ -1,6 +1,5 @@
 """`verify --against`: bits, latents and pixels of a bundle beside the checkpoint it came from."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,9 +13,9 @@ from bar_edge.export.model import Generator as Reference
 from bar_edge.export.replay import TIE, Replay, replay
 from bar_edge.runtime.generator import Generator
 from bar_edge.runtime.noise import SeededNoise
+from bar_edge.runtime.progress import Progress, silent
 from bar_edge.runtime.sampling import to_uint8
 
-Progress = Callable[[str, int, int], None]
 _TOGETHER = 4  # images, whose keys and values, and the reference's activations, are in memory at once
 
 
@@ -50,19 +49,18 @@ class _Part:
 
 
 def compare(
-    runtime: Generator, checkpoint: Checkpoint, *, images: int, seed: int, progress: Progress | None = None
+    runtime: Generator, checkpoint: Checkpoint, *, images: int, seed: int, progress: Progress = silent
 ) -> Comparison:
     """Draw `images` images of classes spread over the model's and repeat every decision with the reference."""
-    report = progress or (lambda what, done, total: None)
     generator, decoder = build_generator(checkpoint), build_decoder(checkpoint)
     class_ids = np.linspace(0, checkpoint.spec.num_classes - 1, images).astype(np.int64)
     parts = []
     for begin in range(0, images, _TOGETHER):
-        report("comparing with the checkpoint, images", begin, images)
+        progress("comparing with the checkpoint, images", begin, images)
         part = class_ids[begin : begin + _TOGETHER]
         noise = SeededNoise(seed, range(begin, begin + len(part)))
         parts.append(_compare(runtime, generator, decoder, part, noise))
-    report("comparing with the checkpoint, images", images, images)
+    progress("comparing with the checkpoint, images", images, images)
     unexplained = sum(part.checked.unexplained for part in parts)
     differences, sizes = ([getattr(part, name) for part in parts] for name in ("latent_difference", "latent_size"))
     latent_error = float(np.max(differences) / np.max(sizes))  # NaN stays NaN, and does not pass

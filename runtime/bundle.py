@@ -11,9 +11,10 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,12 @@ from bar_edge.runtime.errors import BundleError, CompatibilityError, RequestErro
 from bar_edge.runtime.manifest import FORMAT, FORMAT_VERSION, REMEDY, read_manifest
 from bar_edge.runtime.manifest import MANIFEST as MANIFEST
 from bar_edge.runtime.onnx_locations import external_locations, graph_name
+from bar_edge.runtime.progress import Progress, silent
 from bar_edge.runtime.spec import ModelSpec, Recipe
 
 SELFTEST = "selftest.npz"
 _CHUNK = 4 * 2**20
 _SPARE_DISK = 64 * 2**20
-
-Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Bundle:
     manifest: Mapping[str, Any]
 
     @classmethod
-    def open(cls, path: Path | str, progress: Progress | None = None) -> "Bundle":
+    def open(cls, path: Path | str, progress: Progress = silent) -> "Bundle":
         """Verify and describe the bundle in folder `path`.
 
         Raises BundleError if anything differs from the manifest, CompatibilityError if the format is unknown.
@@ -55,7 +55,7 @@ class Bundle:
             raise BundleError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from error
 
     @classmethod
-    def _verified(cls, path: Path, progress: Progress | None) -> "Bundle":
+    def _verified(cls, path: Path, progress: Progress) -> "Bundle":
         manifest = read_manifest(path)
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
         graphs = {name: entry["file"] for name, entry in manifest["graphs"].items()}
@@ -115,6 +115,14 @@ def compiled_already(what: Path | str) -> RequestError:
     return RequestError(f"{what}: is compiled already; use the bundle it was made from")
 
 
+def derived_provenance(source: Bundle, *packages: str) -> dict[str, Any]:
+    """Where a bundle comes from that is made of another, and the packages that made it beside bar-edge."""
+    return {
+        "made_by": {name: metadata.version(name) for name in ("bar-edge", *packages)},
+        "source": {"digest": source.digest, "provenance": source.manifest["provenance"]},
+    }
+
+
 def write_manifest(
     folder: Path,
     *,
@@ -125,7 +133,7 @@ def write_manifest(
     provenance: Mapping[str, Any],
     quantization: Mapping[str, Any] | None = None,
     engines: Mapping[str, Mapping[str, Any]] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> None:
     """Hash every file in `folder` and write its manifest.
 
@@ -155,7 +163,7 @@ def write_manifest(
 
 def sha256(path: Path) -> str:
     """The hash of a file's content."""
-    return _hash(path, 0, 0, "", None)[1]
+    return _hash(path, 0, 0, "", silent)[1]
 
 
 def check_output(output: Path, *, force: bool, sources: Iterable[Path] = ()) -> None:
@@ -258,7 +266,7 @@ def _remove(old: Path, output: Path) -> None:
         ) from error
 
 
-def _verify_files(path: Path, files: Mapping[str, tuple[int, str]], progress: Progress | None) -> None:
+def _verify_files(path: Path, files: Mapping[str, tuple[int, str]], progress: Progress) -> None:
     for name in files:
         if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
             raise BundleError(f"{path / MANIFEST}: lists {name!r}, a path out of the bundle. {REMEDY}")
@@ -301,14 +309,13 @@ def _check_graph(file: Path, files: Mapping[str, Any], names: Iterable[str]) -> 
             raise BundleError(f"{file}: holds the graph {own_name!r}, the manifest says {name}. {REMEDY}")
 
 
-def _hash(path: Path, done: int, total: int, what: str, progress: Progress | None) -> tuple[int, str]:
+def _hash(path: Path, done: int, total: int, what: str, progress: Progress) -> tuple[int, str]:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
             done += len(chunk)
-            if progress is not None:
-                progress(what, done, total)
+            progress(what, done, total)
     return done, digest.hexdigest()
 
 

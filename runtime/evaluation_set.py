@@ -32,13 +32,13 @@ from bar_edge.runtime.folders import locked
 from bar_edge.runtime.generator import Generator
 from bar_edge.runtime.noise import SeededNoise
 from bar_edge.runtime.pictures import save_png
+from bar_edge.runtime.progress import Progress, silent
 from bar_edge.runtime.sampling import to_uint8
 
 SETTINGS, SAMPLES = "sampling.json", "samples.npz"
 _SPARE_DISK = 64 * 2**20
 
 Pixels = NDArray[np.uint8]
-Progress = Callable[[str, float, int], None]  # what is being done, images done (in part, too), images in all
 ImagesDone = Callable[[float], None]  # images of a shard done, in part, too
 
 
@@ -116,14 +116,13 @@ class EvaluationSet:
         """Where a shard's pixels appear when it is finished."""
         return self.shards / f"{shard:05d}.npy"
 
-    def draw(self, generator: Generator, *, batch_size: int, progress: Progress | None = None) -> None:
+    def draw(self, generator: Generator, *, batch_size: int, progress: Progress = silent) -> None:
         """Draw every missing shard in this process."""
         done = self.images_done
         for shard in self.missing():
 
             def report(images: float, done: int = done) -> None:
-                if progress is not None:
-                    progress("images", done + images, self.settings.num)
+                progress("images", done + images, self.settings.num)
 
             self.draw_shard(shard, generator, batch_size=batch_size, images_done=report)
             done += len(self.indices(shard))
@@ -141,7 +140,7 @@ class EvaluationSet:
             np.save(file, pixels)
             _publish(file, self.shard_file(shard))
 
-    def assemble(self, progress: Progress | None = None) -> Path:
+    def assemble(self, progress: Progress = silent) -> Path:
         """Stream all shards into samples.npz, then remove them; memory holds one shard. Returns the file.
 
         Raises RequestError if a shard is damaged.
@@ -184,7 +183,7 @@ class EvaluationSet:
             save_png(Image.fromarray(image), partial / name, text | named)
             _publish(partial / name, self.images / name)
 
-    def _write_samples(self, progress: Progress | None) -> None:
+    def _write_samples(self, progress: Progress) -> None:
         num, side = self.settings.num, self.settings.image_size
         header = {"descr": "|u1", "fortran_order": False, "shape": (num, side, side, 3)}
         with (
@@ -194,8 +193,7 @@ class EvaluationSet:
             np.lib.format.write_array_header_1_0(member, header)
             for first in range(0, num, self.settings.shard_images):
                 member.write(self._read_shard(first // self.settings.shard_images).data)
-                if progress is not None:
-                    progress(f"writing {SAMPLES}, images", min(first + self.settings.shard_images, num), num)
+                progress(f"writing {SAMPLES}, images", min(first + self.settings.shard_images, num), num)
 
     def _read_shard(self, shard: int) -> Pixels:
         file, side = self.shard_file(shard), self.settings.image_size

@@ -16,8 +16,9 @@ from typing import Any
 
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.errors import BarEdgeError, BundleError, EngineError, RequestError
-from bar_edge.runtime.evaluation_set import EvaluationSet, Progress
+from bar_edge.runtime.evaluation_set import EvaluationSet
 from bar_edge.runtime.generator import Generator
+from bar_edge.runtime.progress import Progress, silent
 
 LOCAL = "local"
 _CPU_ENGINES = ("onnxruntime",)  # every other engine has a GPU to itself
@@ -33,7 +34,7 @@ def draw(
     address: str,
     threads: int,
     batch_size: int,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> None:
     """Draw every missing shard on a cluster.
 
@@ -58,8 +59,7 @@ def draw(
                 shard = waiting.pop(finished)
                 _check_result(ray, finished, shard)
                 done += len(folder.indices(shard))
-                if progress is not None:
-                    progress("images", done, folder.settings.num)
+                progress("images", done, folder.settings.num)
 
 
 def draw_shard(bundle_path: str, folder_path: str, shard: int, threads: int, batch_size: int) -> None:
