@@ -112,19 +112,7 @@ def quantize_bundle(
         for layer in group
         if layer not in (*keep_fp32, *keep_fp16) and quantizable(*places[f"{layer}.weight"].shape)
     }
-    choices: dict[str, Choice] = {}
-    for i, (layer, kind) in enumerate(wanted.items()):
-        progress("choosing scales, layers", i, len(wanted))
-        if layer not in calibration.stats:
-            raise CalibrationError(f"the calibration has nothing for {layer}; it was collected from another model")
-        choices[layer] = choose(
-            calibration.stats[layer],
-            np.asarray(tensors[f"{layer}.weight"]),
-            kind,
-            observer,
-            foldable=bool(smoothing.producers(layer)),
-            asymmetric=asymmetric,
-        )
+    choices = _choices(tensors, wanted, calibration, observer=observer, asymmetric=asymmetric, progress=progress)
     smoothed: smoothing.Tensors = dict(tensors)
     for layer, choice in choices.items():
         if choice.factors is not None:
@@ -163,24 +151,18 @@ def quantize_bundle(
                 recorded, both, in_step, fixed, sizes, budget=budget, threads=threads, progress=progress
             )
             final = {layer: kind for layer, kind in final.items() if layer not in searched.kept_fp32}
+            if not final:
+                raise CalibrationError(
+                    f"a budget of {budget:.2%} flips leaves nothing quantized, so no bundle was written"
+                )
             if searched.harm:
                 sensitivity.plot(searched, folder / SENSITIVITY_PLOT)
-        if not final:
-            raise CalibrationError(f"a budget of {budget:.2%} flips leaves nothing quantized, so no bundle was written")
         final |= dict.fromkeys(keep_fp16, FP16)
         shutil.rmtree(scratch)
         unused = {f"{layer}.weight" for layer in final}
         unused |= {f"{layer}.{part}" for layer in set(wanted) - set(final) for part in _parts(wanted[layer])}
         placed = write_weights(folder, {name: held[name] for name in held if name not in unused}, progress)
-        graphs = build_graphs(spec, placed, final)
-        described = {}
-        for name, model in graphs.items():
-            onnx.save(model, folder / f"{name}.onnx")
-            onnx.checker.check_model(folder / f"{name}.onnx", full_check=True)
-            found = read_precisions(model, known)
-            if wrong := {layer: kind for layer, kind in found.items() if kind != final.get(layer, FP32)}:
-                raise EngineError(f"{name}.onnx: layers are not what was asked for: {wrong}; please report this bug")
-            described[name] = {"file": f"{name}.onnx", "precision": summary(found)}
+        described = _write_graphs(folder, build_graphs(spec, placed, final), known, final)
         unpublished = _unpublished(source, folder, {name: entry["file"] for name, entry in described.items()})
         engine = ProbeEngine(unpublished, final, threads)
         quality = teacher_forced(recorded, engine, progress)
@@ -205,6 +187,42 @@ def quantize_bundle(
             progress=progress,
         )  # fmt: skip
     return Bundle.open(output, progress)
+
+
+def _choices(
+    tensors: Mapping[str, NDArray[Any]], wanted: Mapping[str, str], calibration: Calibration, *, observer: str,
+    asymmetric: bool, progress: Progress,
+) -> dict[str, Choice]:  # fmt: skip
+    """Smoothing and scales of every layer that becomes integers."""
+    choices = {}
+    for i, (layer, kind) in enumerate(wanted.items()):
+        progress("choosing scales, layers", i, len(wanted))
+        if layer not in calibration.stats:
+            raise CalibrationError(f"the calibration has nothing for {layer}; it was collected from another model")
+        choices[layer] = choose(
+            calibration.stats[layer],
+            np.asarray(tensors[f"{layer}.weight"]),
+            kind,
+            observer,
+            foldable=bool(smoothing.producers(layer)),
+            asymmetric=asymmetric,
+        )
+    return choices
+
+
+def _write_graphs(
+    folder: Path, graphs: Mapping[str, onnx.ModelProto], known: list[str], final: Mapping[str, str]
+) -> dict[str, dict[str, str]]:
+    """Save the graphs, read back what each layer became, and give their entries in the manifest."""
+    described = {}
+    for name, model in graphs.items():
+        onnx.save(model, folder / f"{name}.onnx")
+        onnx.checker.check_model(folder / f"{name}.onnx", full_check=True)
+        found = read_precisions(model, known)
+        if wrong := {layer: kind for layer, kind in found.items() if kind != final.get(layer, FP32)}:
+            raise EngineError(f"{name}.onnx: layers are not what was asked for: {wrong}; please report this bug")
+        described[name] = {"file": f"{name}.onnx", "precision": summary(found)}
+    return described
 
 
 def check_settings(
