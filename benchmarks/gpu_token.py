@@ -48,7 +48,7 @@ _ATTRIBUTES = {
     "cooperative": "CU_LAUNCH_ATTRIBUTE_COOPERATIVE",
     "programmaticStreamSerializationAllowed": "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION",
 }
-_REPLAYS = 16  # of a token at once
+_REPLAYS, _PHASE_REPLAYS = 32, 64  # of a graph at once: long enough for clocks to rise
 _LAST = "advance"  # kernel of a token, after which the same graph is the next token
 _PRODUCT = re.compile(r"(?:few|many)_rows_(.+?)(?:_\d+)?")
 
@@ -145,6 +145,7 @@ def _measured(device: TracedDevice, position: int) -> Report:
         with device.without(lambda launch: launch.kernel == _LAST or _kind(launch) in kinds):
             return graph_seconds(device, work, _REPLAYS)
 
+    seconds_without()  # clocks rise
     whole = seconds_without()
     figures = [
         Figure(*kind, len(alike), whole - seconds_without(kind), sum(map(_weight_bytes, alike)))
@@ -203,7 +204,7 @@ def measure_phases(device: CudaDevice) -> dict[str, float | str]:
         for way, work in ways.items():
             try:
                 _check(device, work, even, blocks)
-                found[way] = graph_seconds(device, work) / COUNT
+                found[way] = graph_seconds(device, work, _PHASE_REPLAYS) / COUNT
             except EngineError as error:
                 found[way] = str(error)
         for address in (even, odd, arrived):

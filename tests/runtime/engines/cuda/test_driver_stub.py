@@ -208,7 +208,7 @@ import sys
 from pathlib import Path
 from bar_edge.benchmarks import gpu_products, gpu_token
 
-gpu_products._RUNS = gpu_token._REPLAYS = 1
+gpu_products._RUNS = gpu_token._REPLAYS = gpu_token._PHASE_REPLAYS = 1
 gpu_token.main([Path(sys.argv[1])], Path(sys.argv[2]))
 """
 
