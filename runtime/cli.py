@@ -563,7 +563,7 @@ def plan(
 
 _EXTRAS = {
     "bench": ("jinja2", "matplotlib", "onnx"),
-    "compile": ("onnx",),
+    "compile": ("ml_dtypes", "onnx"),
     "cuda": ("cuda",),
     "pycuda": ("pycuda",),
     "export": ("torch", "onnx", "safetensors", "yaml"),
