@@ -31,11 +31,12 @@ from bar_edge.benchmarks.tables import plain
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines import Batch
 from bar_edge.runtime.engines.cuda.compiler import compile_source
-from bar_edge.runtime.engines.cuda.device import Argument, CudaDevice, CudaGraph, Work, load_driver
+from bar_edge.runtime.engines.cuda.device import Argument, CudaDevice, CudaGraph, Work, kernel_parameters, load_driver
 from bar_edge.runtime.engines.cuda.engine import CudaEngine
 from bar_edge.runtime.engines.cuda.graphs import Launch
 from bar_edge.runtime.engines.cuda.module import THREADS, Module
-from bar_edge.runtime.errors import EngineError
+from bar_edge.runtime.engines.cuda.resident import NAME
+from bar_edge.runtime.errors import EngineError, RequestError
 from bar_edge.runtime.noise import SeededNoise
 from bar_edge.runtime.tables import redirected_width
 from bar_edge.runtime.terminal import run_function
@@ -227,8 +228,7 @@ def _launch(
         attribute.id = getattr(driver.CUlaunchAttributeID, _ATTRIBUTES[switch])
         setattr(attribute.value, switch, 1)
         config.attrs, config.numAttrs = [attribute], 1
-    values = [np.array(a, dtype=np.uint64) if isinstance(a, int) else np.array(a) for a in arguments]
-    pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
+    _values, pointers = kernel_parameters(arguments)
     function = device.call("cuModuleGetFunction", module, kernel.encode())
     device.call("cuLaunchKernelEx", config, function, ctypes.addressof(pointers), 0)
 
@@ -270,6 +270,12 @@ def main(
 ) -> None:
     """Measure, print, write."""
     opened = [Bundle.open(path) for path in bundles]
+    for bundle in opened:
+        if NAME not in bundle.engines:
+            raise RequestError(
+                f"{bundle.path}: is not compiled for the engine cuda: bar-edge compile {bundle.path} --target cuda -o "
+                "OUTPUT, and give that"
+            )
     device = CudaDevice()
     try:
         phases = measure_phases(device)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from bar_edge.benchmarks import gpu_token, kernels
 from bar_edge.runtime.engines.cuda.graphs import Launch
+from bar_edge.runtime.errors import RequestError
 from tests.runtime.engines.cuda.host import HostKernels, build
 
 BLOCKS = 5
@@ -49,6 +50,12 @@ def test_products_are_told_apart_by_their_layer():
     assert gpu_token._weight_bytes(launch) == 9 * 4 * 512
     other = Launch("attend_step", 24, (1, np.int32(12)))
     assert gpu_token._kind(other) == ("attend_step", "") and gpu_token._weight_bytes(other) == 0
+
+
+def test_a_bundle_that_is_not_compiled_is_refused_before_a_gpu_is_looked_for(small, tmp_path):
+    with pytest.raises(RequestError, match="is not compiled for the engine cuda: bar-edge compile"):
+        gpu_token.main([small.bundle.path], tmp_path / "report.json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_tables_show_rates_and_what_could_not_be_measured():

@@ -141,6 +141,12 @@ def stream_handle(stream: Any) -> int:
     raise EngineError(f"{stream!r} is not a CUDA stream")
 
 
+def kernel_parameters(arguments: Sequence[Argument]) -> tuple[list[NDArray[Any]], "ctypes.Array[ctypes.c_void_p]"]:
+    """What a launch takes: pointers to values, which must live until it returns."""
+    values = [np.array(a, dtype=np.uint64) if isinstance(a, int) else np.array(a) for a in arguments]
+    return values, (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
+
+
 class CudaKernels:
     """The kernels of a cubin on a device, launched into its stream in blocks of `threads` (`CudaDevice.load`)."""
 
@@ -153,8 +159,7 @@ class CudaKernels:
         call, stream = self._device.call, self._device.stream
         if kernel not in self._functions:
             self._functions[kernel] = call("cuModuleGetFunction", self._module, kernel.encode())
-        values = [np.array(a, dtype=np.uint64) if isinstance(a, int) else np.array(a) for a in arguments]
-        pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
+        _values, pointers = kernel_parameters(arguments)
         size = (blocks, 1, 1, self._threads, 1, 1)
         try:
             call("cuLaunchKernel", self._functions[kernel], *size, 0, stream, ctypes.addressof(pointers), 0)
