@@ -1,5 +1,6 @@
 """How a command ends: in one sentence and an exit code, whatever goes wrong."""
 
+import errno
 import signal
 import sys
 import threading
@@ -48,7 +49,9 @@ def run(app: typer.Typer) -> NoReturn:
             traceback.print_exc()
             sys.exit(2)
         where = f"{error.filename}: " if error.filename else ""
-        err.print(f"error: {where}{error.strerror or error}; nothing half-written was left behind", markup=False)
+        remedy = "; free some space, or choose another disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        told = f"error: {where}{error.strerror or error}; nothing half-written was left behind{remedy}"
+        err.print(told, markup=False)
         sys.exit(2)
     except Exception as error:
         show, exit_code = getattr(error, "show", None), getattr(error, "exit_code", None)

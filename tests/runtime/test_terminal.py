@@ -1,5 +1,6 @@
 """Every end of a command is one sentence and an exit code, and it cleans up first."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -47,6 +48,25 @@ thread.start()
 thread.join()
 print(ended)
 """
+
+FULL = """
+import errno, os
+from bar_edge.runtime.terminal import run_function
+
+def full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+run_function(full)
+"""
+
+
+def test_a_full_disk_is_told_with_the_remedy():
+    done = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: {os.strerror(errno.ENOSPC)}; nothing half-written was left behind; free some space, or choose another "
+        "disk\n"
+    )
 
 
 @pytest.fixture
