@@ -14,14 +14,12 @@ from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.engines.cuda.graphs import ITEMSIZE
 from bar_edge.runtime.engines.cuda.resident import NAME as CUDA
 from bar_edge.runtime.errors import CompatibilityError
-from bar_edge.runtime.inspection import bytes_per_token
+from bar_edge.runtime.parts import DECODER, HEAD_MODULATION, HEAD_PASS, TRUNK, part_of, reads_per_token
 from bar_edge.runtime.precisions import WEIGHT_TENSORS
 from bar_edge.runtime.spec import ModelSpec, Recipe
 from bar_edge.runtime.weights import StoredTensor
 
 _CACHE_ITEM = 4  # bytes: ONNX Runtime keeps an fp32 cache
-_HEAD, _HEAD_MODULATION = "lm_head.", "adaLN_modulation"
-_DECODER = ("decoder.", "quantize.")
 _MATRICES = tuple(f".{tensor}" for tensor in WEIGHT_TENSORS.values())
 
 
@@ -63,22 +61,21 @@ def of_bundle(bundle: Bundle) -> Traffic:
         raise CompatibilityError(f"{bundle.path}: holds plans and not weights, so the bytes it must read are not known")
     places = weights.read_places(bundle.path / weights.FILE_NAME)
     passes = len(bundle.recipe.allocation)
-    in_trunk = _HEAD_MODULATION if engines else None  # where the loop on a GPU computes the head's modulation
-    head = {
-        name: place for name, place in places.items() if name.startswith(_HEAD) and not (in_trunk and in_trunk in name)
-    }
-    trunk = {name: place for name, place in places.items() if name not in head}
-    decoder = {name: place for name, place in places.items() if name.startswith(_DECODER)}
     counts = _prepacked_weights(places, engines[CUDA]) if engines else {n: _weights(n, p) for n, p in places.items()}
+    # the loop on a GPU computes the head's modulation beside the trunk
+    trunk, head = ((TRUNK, HEAD_MODULATION), (HEAD_PASS,)) if engines else ((TRUNK,), (HEAD_MODULATION, HEAD_PASS))
+    decoder = [name for name in places if part_of(name) == DECODER]
 
-    def read(part: Mapping[str, StoredTensor]) -> tuple[int, int]:
-        times = {name: bytes_per_token({name: place}, passes) // place.length for name, place in part.items()}
-        return sum(times[n] * place.length for n, place in part.items()), sum(times[n] * counts[n] for n in part)
+    def read(parts: tuple[str, ...]) -> tuple[int, int]:
+        times = {name: reads_per_token(name, passes) for name in places if part_of(name) in parts}
+        return sum(n * places[name].length for name, n in times.items()), sum(
+            n * counts[name] for name, n in times.items()
+        )
 
     return Traffic(
         trunk=read(trunk),
         head=read(head),
-        decode=(sum(place.length for place in decoder.values()), sum(counts[name] for name in decoder)),
+        decode=(sum(places[name].length for name in decoder), sum(counts[name] for name in decoder)),
         cache_item=ITEMSIZE if engines else _CACHE_ITEM,
     )
 

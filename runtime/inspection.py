@@ -1,6 +1,5 @@
 """What a bundle is, in facts: sizes, precision, and the bytes that decide its speed."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -9,21 +8,15 @@ from typing import Any
 from bar_edge.runtime import weights
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.errors import BundleError
+from bar_edge.runtime.parts import PER_IMAGE, part_of, reads_per_token
 from bar_edge.runtime.precisions import WEIGHT_TENSORS
 from bar_edge.runtime.spec import VARIANTS
 from bar_edge.runtime.weights import StoredTensor
 
-# what is read once per token, once per head pass, once per image (docs/model.md section 6); tables are read by the row
-_PER_TOKEN = re.compile(r"blocks\.\d+\.(attn|mlp)\.|latent_condition_proj\.|lm_head\..*adaLN_modulation\.")
-_PER_PASS = re.compile(r"lm_head\.(transformer\.\d+\.mlp|output_embed|bit_embedding)")
-_PER_IMAGE = re.compile(r"blocks\.\d+\.adaLN_modulation\.|decoder\.|quantize\.")
-
 
 def bytes_per_token(places: Mapping[str, StoredTensor], passes: int) -> int:
     """Weight bytes read for one token with S head passes."""
-    once = sum(place.length for name, place in places.items() if _PER_TOKEN.match(name))
-    each = sum(place.length for name, place in places.items() if _PER_PASS.match(name))
-    return once + passes * each
+    return sum(reads_per_token(name, passes) * place.length for name, place in places.items())
 
 
 def linear_layers(places: Mapping[str, StoredTensor]) -> dict[str, str]:
@@ -65,7 +58,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "bytes_read_per_token": None if compiled else bytes_per_token(places, len(bundle.recipe.allocation)),
         "bytes_read_per_image_once": None
         if compiled
-        else sum(p.length for name, p in places.items() if _PER_IMAGE.match(name)),
+        else sum(p.length for name, p in places.items() if part_of(name) in PER_IMAGE),
         "kv_cache_bytes_per_row_fp32": 2 * spec.num_layers * total * spec.hidden_size * 4,
         "quantization": _quantization(bundle),
         "linear_layers": linear_layers(places),

@@ -6,7 +6,6 @@ from the shapes of a published variant, or from what a bundle really stores.
 """
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from bar_edge.runtime.bundle import compiled_already
 from bar_edge.runtime.errors import RequestError
 from bar_edge.runtime.inspection import linear_layers
+from bar_edge.runtime.parts import PARTS, PER_IMAGE, part_of
 from bar_edge.runtime.precisions import FP16, FP32, INT4_WEIGHT, INT8, INT8_WEIGHT, WEIGHT_TENSORS
 from bar_edge.runtime.spec import ModelSpec, Recipe, Variant, padded
 from bar_edge.runtime.weights import StoredTensor
@@ -22,14 +22,6 @@ DECODER_WIDTH, DECODER_LAYERS = 1024, 24  # of the published tokenizers
 _BLOCK = 128  # weights that share a scale, in the weight-only precisions
 _WEIGHT_BYTES = {FP32: 4.0, FP16: 2.0, INT8: 1.0, INT8_WEIGHT: 1.0, INT4_WEIGHT: 0.5}
 _SMALLEST_QUANTIZED = 64  # features in and out, below which a layer stays as it is
-_PARTS = {
-    "trunk": re.compile(r"blocks\.\d+\.(attn|mlp)\.|latent_condition_proj"),
-    "head_modulation": re.compile(r"lm_head\..*adaLN_modulation"),
-    "head_pass": re.compile(r"lm_head\.(transformer\.\d+\.mlp|output_embed)"),
-    "modulation": re.compile(r"blocks\.\d+\.adaLN_modulation"),
-    "decoder": re.compile(r"decoder\.|quantize\."),
-}
-_PER_IMAGE = ("modulation", "decoder")
 
 
 @dataclass(frozen=True)
@@ -94,7 +86,7 @@ def of_variant(variant: Variant, precision: str) -> Workload:
     spec = variant.spec
     layers = {
         name: _layer(
-            out, in_features, INT8 if precision.endswith("-weight") and _part(name) in _PER_IMAGE else precision
+            out, in_features, INT8 if precision.endswith("-weight") and _part(name) in PER_IMAGE else precision
         )
         for name, (out, in_features) in _shapes(spec).items()
     }
@@ -117,7 +109,7 @@ def of_bundle(spec: ModelSpec, recipe: Recipe, places: Mapping[str, StoredTensor
         layers[name] = Layer(weights, places[f"{name}.bias"].shape[0], lengths[name], precision)
     share: dict[str, int] = defaultdict(int)
     for name, layer in layers.items():
-        if _part(name) not in _PER_IMAGE:
+        if _part(name) not in PER_IMAGE:
             share[layer.precision] += layer.weights
     tables = sum(place.length for place in places.values()) - sum(layer.bytes for layer in layers.values())
     decoder_layers = sum(name.startswith("decoder.") and name.endswith(".attn.qkv") for name in layers)
@@ -129,7 +121,7 @@ def _workload(
     spec: ModelSpec, recipe: Recipe, precision: str, layers: Mapping[str, Layer], table_bytes: int,
     decoder_width: int, decoder_layers: int,
 ) -> Workload:  # fmt: skip
-    parts: dict[str, list[Layer]] = {part: [] for part in _PARTS}
+    parts: dict[str, list[Layer]] = {part: [] for part in PARTS}
     for name, layer in layers.items():
         parts[_part(name)].append(layer)
     total = table_bytes + sum(layer.bytes for layer in layers.values())
@@ -140,7 +132,7 @@ def _workload(
 
 
 def _part(layer: str) -> str:
-    found = next((part for part, pattern in _PARTS.items() if pattern.match(layer)), None)
+    found = part_of(layer)
     if found is None:
         raise RequestError(f"{layer}: not a layer of BAR, so its cost is unknown; plan a published variant instead")
     return found
