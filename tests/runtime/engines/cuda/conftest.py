@@ -1,4 +1,4 @@
-"""kernels.cu and model.cu on the CPU and on the GPU, once per session."""
+"""kernels.cu and model.cu on the CPU, as C++ and as the PTX of NVRTC, and on the GPU, once per session."""
 
 import os
 import subprocess
@@ -13,6 +13,7 @@ from bar_edge.runtime.engines.cuda.compiler import KERNELS
 from bar_edge.runtime.engines.cuda.module import MODEL
 from bar_edge.runtime.errors import EngineError
 
+from . import ptx as compiled
 from .host import NATIVE, RACE_FOUND, HostKernels, build
 
 try:
@@ -21,6 +22,8 @@ try:
     ON_GPU = {source: GpuKernels(source) for source in (KERNELS, MODEL)}
 except (ImportError, RuntimeError, EngineError) as error:  # no cuda-bindings, no driver, no GPU or no NVRTC for it
     ON_GPU, NO_GPU = {}, str(error)
+
+RUN_BY = ["host", "ptx"] + ["gpu"] * bool(ON_GPU)
 
 PROGRAM = """
 import sys
@@ -46,6 +49,25 @@ def host_model(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
 
 
 @pytest.fixture(scope="session")
+def ptx(host: HostKernels, tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
+    """The kernels as NVRTC compiles them, on the CPU. Skips where there is no NVRTC."""
+    return _compiled(KERNELS, host, tmp_path_factory.mktemp("ptx_kernels"))
+
+
+@pytest.fixture(scope="session")
+def ptx_model(host_model: HostKernels, tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
+    """The kernels of model.cu as NVRTC compiles them, on the CPU. Skips where there is no NVRTC."""
+    return _compiled(MODEL, host_model, tmp_path_factory.mktemp("ptx_model"))
+
+
+def _compiled(source: Path, host: HostKernels, folder: Path) -> HostKernels:
+    try:
+        return HostKernels(compiled.build(source, folder, host))
+    except EngineError as error:
+        pytest.skip(f"no NVRTC here to compile the kernels: {error}")
+
+
+@pytest.fixture(scope="session")
 def gpu() -> "GpuKernels":
     """The kernels on the GPU. Skips where there is none."""
     if not ON_GPU:
@@ -53,16 +75,16 @@ def gpu() -> "GpuKernels":
     return ON_GPU[KERNELS]
 
 
-@pytest.fixture(scope="session", params=["host", "gpu"] if ON_GPU else ["host"])
+@pytest.fixture(scope="session", params=RUN_BY)
 def kernels(request: pytest.FixtureRequest):
     """What runs kernels, in turn."""
     return request.getfixturevalue(request.param)
 
 
-@pytest.fixture(scope="session", params=["host", "gpu"] if ON_GPU else ["host"])
+@pytest.fixture(scope="session", params=RUN_BY)
 def model(request: pytest.FixtureRequest):
     """What runs the kernels of model.cu, in turn."""
-    return request.getfixturevalue("host_model") if request.param == "host" else ON_GPU[MODEL]
+    return ON_GPU[MODEL] if request.param == "gpu" else request.getfixturevalue(f"{request.param}_model")
 
 
 @pytest.fixture(scope="session")

@@ -57,9 +57,7 @@ class HostKernels:
         A pointer parameter takes a dense array of its type, or part of one, an address, or None for null; one to void a
         table, too. Any other parameter takes a numpy scalar of its type. Raises TypeError where one does not fit.
         """
-        describe = self._library[f"parameters_{name}"]
-        describe.restype = ctypes.c_char_p
-        codes = describe().decode().split()
+        codes = self.parameters(name)
         if len(codes) != len(args):
             raise TypeError(f"{name} has {len(codes)} parameters, got {len(args)} arguments")
         values = [
@@ -68,19 +66,33 @@ class HostKernels:
         addresses = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
         self._library[f"launch_{name}"](ctypes.c_uint(grid), ctypes.c_uint(block), addresses)
 
+    def parameters(self, name: str) -> list[str]:
+        """The codes of a kernel's parameters: numpy's of a scalar ("f4"), "*" and that for a pointer, "*" to void."""
+        describe = self._library[f"parameters_{name}"]
+        describe.restype = ctypes.c_char_p
+        return describe().decode().split()
+
 
 def build(source: Path, folder: Path, flags: Sequence[str] = ()) -> Path:
     """Make a shared library of a .cu file: `launch_NAME` and `parameters_NAME` for every kernel NAME.
 
     Takes seconds. Raises RuntimeError with what g++ says, pytest's Skipped where there is no g++.
     """
+    cooperative = _kernels(_with_headers(source))
+    entries = "".join(_entry(name, flag) for name, flag in cooperative.items())
+    return compile_library(f'#include "{source}"\n{entries}', folder / f"{source.stem}.so", flags)
+
+
+def compile_library(code: str, library: Path, flags: Sequence[str]) -> Path:
+    """Make a shared library of C++ that cuda_shim.h comes before.
+
+    Raises RuntimeError with what g++ says, pytest's Skipped where there is no g++.
+    """
     if shutil.which("g++") is None:
         pytest.skip("no g++ here to build the kernels for the CPU")
-    cooperative = _kernels(_with_headers(source))
-    entries = folder / f"{source.stem}.cpp"
-    entries.write_text(f'#include "{source}"\n' + "".join(_entry(name, flag) for name, flag in cooperative.items()))
-    library = folder / f"{source.stem}.so"
-    command = ["g++", *_FLAGS, *_OWN_SYMBOLS, *flags, "-include", str(SHIM), str(entries), "-o", str(library)]
+    source = library.with_suffix(".cpp")
+    source.write_text(code)
+    command = ["g++", *_FLAGS, *_OWN_SYMBOLS, *flags, "-include", str(SHIM), str(source), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")

@@ -178,6 +178,14 @@ def test_the_engine_proves_itself(golden, emulate, prepacked, form):
     assert found.passed, found.sentence
 
 
+@pytest.mark.parametrize("form", ["fp32", "int8-weight"])
+def test_what_nvrtc_compiles_proves_itself(small, ptx, ptx_model, prepacked, form):
+    bundle = prepacked(small.bundle if form == "fp32" else small.quantized(form))
+    profile = Profile.of(1, guided=True, passes=len(bundle.recipe.allocation))
+    found = selftest.run(EmulatedGenerator(bundle, kernel_loop(bundle, ptx, ptx_model, profile).loop))
+    assert found.passed, found.sentence
+
+
 def test_a_fault_of_the_head_too_small_for_decisions_is_found(cases, emulate, prepacked):
     """One bias of a model whose tokens have 64 bits, of which 2 % may flip."""
     case = cases("patch4")

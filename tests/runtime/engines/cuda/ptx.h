@@ -1,0 +1,116 @@
+// What ptx.py writes instructions of PTX with, above cuda_shim.h and SHARED_BYTES.
+#pragma once
+
+#include <cstdio>
+#include <limits>
+
+namespace ptx {
+
+alignas(16) inline char memory[SHARED_BYTES];  // of the running block
+inline const char* kernel = "";
+
+// A register's bits as another type of its size, or the low bits of a whole number.
+template <typename To, typename From>
+To as(From from) {
+    if constexpr (sizeof(To) == sizeof(From))
+        return std::bit_cast<To>(from);
+    else
+        return To(from);
+}
+
+// A smaller value fills a register up with its sign, or with zeros.
+template <typename Register, typename Value>
+void set(Register& to, Value value) {
+    to = as<Register>(value);
+}
+
+// An access of several values wants the address of all of them together to be aligned, as a GPU does.
+template <typename Value, size_t COUNT>
+Value* place(uint64_t address) {
+    if (address % (sizeof(Value) * COUNT) == 0) return reinterpret_cast<Value*>(address);
+    std::fprintf(stderr, "%s: misaligned address\n", kernel);
+    std::abort();
+}
+
+template <typename Value, typename... Registers>
+void load(uint64_t address, Registers&... to) {
+    const Value* from = place<Value, sizeof...(to)>(address);
+    (set(to, *from++), ...);
+}
+
+template <typename Value, typename... Values>
+void store(uint64_t address, Values... values) {
+    Value* to = place<Value, sizeof...(values)>(address);
+    ((*to++ = values), ...);
+}
+
+inline uint64_t shared(uint64_t address) { return reinterpret_cast<uint64_t>(memory) + address; }
+
+template <typename T>
+auto wide(T value) {
+    if constexpr (sizeof(T) == 2) return std::conditional_t<std::is_signed_v<T>, int32_t, uint32_t>(value);
+    else return std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>(value);
+}
+
+inline uint64_t high_half(uint64_t a, uint64_t b) { return uint64_t((unsigned __int128)a * b >> 64); }
+
+template <typename T>
+T smaller(T a, T b) {
+    if constexpr (std::is_floating_point_v<T>) return std::fmin(a, b);
+    else return a < b ? a : b;
+}
+
+template <typename T>
+T larger(T a, T b) {
+    if constexpr (std::is_floating_point_v<T>) return std::fmax(a, b);
+    else return a > b ? a : b;
+}
+
+template <typename T>
+T shift_left(T value, unsigned by) {
+    return by < 8 * sizeof(T) ? T(value << by) : T(0);
+}
+
+template <typename T>
+T shift_right(T value, unsigned by) {
+    return by < 8 * sizeof(T) ? T(value >> by) : T(value < 0 ? -1 : 0);
+}
+
+template <typename T>
+T inverted(T value) {
+    if constexpr (std::is_same_v<T, bool>) return !value;
+    else return ~value;
+}
+
+// To the nearest value of T where it has none so large, 0 for NaN.
+template <typename T>
+T saturated(float value) {
+    if (std::isnan(value)) return 0;
+    if (value <= float(std::numeric_limits<T>::min())) return std::numeric_limits<T>::min();
+    if (value >= float(std::numeric_limits<T>::max())) return std::numeric_limits<T>::max();
+    return T(value);
+}
+
+inline float within_0_and_1(float value) { return std::isnan(value) ? 0 : larger(0.f, smaller(1.f, value)); }
+
+inline float flushed(float value) { return std::fpclassify(value) == FP_SUBNORMAL ? std::copysign(0.f, value) : value; }
+
+inline float fma_rounded_down(float a, float b, float c) {
+    const double exact = double(a) * b + c;  // for the factors and sums of expf
+    const float nearest = float(exact);
+    return nearest > exact ? std::nextafter(nearest, -INFINITY) : nearest;
+}
+
+inline unsigned bit_field(unsigned from, unsigned into, unsigned first, unsigned count) {
+    const unsigned mask = unsigned(((uint64_t(1) << count) - 1) << first);
+    return (into & ~mask) | (from << first & mask);
+}
+
+// Of all lanes of a warp, as every shuffle of ours is.
+inline unsigned shuffled(unsigned value, unsigned mask, unsigned clamp, unsigned lanes) {
+    return clamp == 31 && lanes == ~0u ? __shfl_xor_sync(lanes, value, mask) : (std::abort(), 0);
+}
+
+inline void barrier(unsigned which) { which == 0 ? __syncthreads() : std::abort(); }
+
+}  // namespace ptx
