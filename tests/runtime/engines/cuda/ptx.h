@@ -24,6 +24,10 @@ void set(Register& to, Value value) {
     to = as<Register>(value);
 }
 
+inline std::pair<uint32_t, uint32_t> halves(uint64_t value) { return {value, value >> 32}; }
+
+inline std::pair<uint16_t, uint16_t> halves(uint32_t value) { return {value, value >> 16}; }
+
 // An access of several values wants the address of all of them together to be aligned, as a GPU does.
 template <typename Value, size_t COUNT>
 Value* place(uint64_t address) {
@@ -52,7 +56,10 @@ auto wide(T value) {
     else return std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>(value);
 }
 
-inline uint64_t high_half(uint64_t a, uint64_t b) { return uint64_t((unsigned __int128)a * b >> 64); }
+template <typename T>
+T high_half(T a, T b) {
+    return std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>(a) * b >> 8 * sizeof(T);
+}
 
 template <typename T>
 T smaller(T a, T b) {

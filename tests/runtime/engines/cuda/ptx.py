@@ -26,7 +26,7 @@ _STATEMENTS = {"ret": "return;", "bra": "goto {0};", "bra.uni": "goto {0};", "ba
 # What an instruction's first operand becomes, by opcode, or by opcode without the type of the others.
 _EXPRESSIONS = {
     "mov": "{0}", "cvta.to.global": "{0}", "selp": "{2} ? {0} : {1}", "add": "{0} + {1}", "sub": "{0} - {1}",
-    "mul.lo": "{0} * {1}", "mul.wide": "ptx::wide({0}) * {1}", "mul.hi.u64": "ptx::high_half({0}, {1})",
+    "mul.lo": "{0} * {1}", "mul.wide": "ptx::wide({0}) * {1}", "mul.hi": "ptx::high_half({0}, {1})",
     "mad.lo": "{0} * {1} + {2}", "div": "{0} / {1}", "rem": "{0} % {1}", "neg": "-{0}", "abs.f32": "std::fabs({0})",
     "min": "ptx::smaller({0}, {1})", "max": "ptx::larger({0}, {1})", "copysign": "std::copysign({1}, {0})",
     "and": "{0} & {1}", "or": "{0} | {1}", "xor": "{0} ^ {1}", "not": "ptx::inverted({0})", "clz.b32": "__clz({0})",
@@ -117,7 +117,11 @@ class _Kernel:
         if expression is None:
             raise NotImplementedError(f"{words}: tell tests/runtime/engines/cuda/ptx.py what it does")
         target, *values = operands
-        return f"ptx::set({_register(target)}, {expression.format(*(self._value(v, kind) for v in values))});"
+        value = expression.format(*(self._value(v, kind) for v in values))
+        if target.startswith("{"):
+            first, second = (register if register != "_" else "std::ignore" for register in _parts(target))
+            return f"std::tie({_register(first)}, {_register(second)}) = ptx::halves({value});"
+        return f"ptx::set({_register(target)}, {value});"
 
     def _access(self, opcode: str, kind: str, operands: list[str]) -> str:
         place, values = operands if opcode.startswith("st.") else reversed(operands)
@@ -145,9 +149,9 @@ class _Kernel:
         """C++ for an operand, read as that type."""
         if operand in self._shared:
             return str(self._shared[operand])
-        if operand.startswith("{"):  # two of 16 bits
-            first, second = _parts(operand)
-            return f"(uint32_t({_register(second)}) << 16 | {_register(first)})"
+        if operand.startswith("{"):
+            first, second = map(_register, _parts(operand))
+            return f"({_TYPES[kind]}({second}) << 4 * sizeof({_TYPES[kind]}) | {first})"
         if operand.startswith("0f"):
             return f"std::bit_cast<float>(0x{operand[2:]})"
         if re.match(r"-?\d", operand):
