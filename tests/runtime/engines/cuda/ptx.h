@@ -9,6 +9,11 @@ namespace ptx {
 alignas(16) inline char memory[SHARED_BYTES];  // of the running block
 inline const char* kernel = "";
 
+[[noreturn]] inline void fail(const char* what) {
+    std::fprintf(stderr, "%s: %s\n", kernel, what);
+    std::abort();
+}
+
 // A register's bits as another type of its size, or the low bits of a whole number.
 template <typename To, typename From>
 To as(From from) {
@@ -31,9 +36,8 @@ inline std::pair<uint16_t, uint16_t> halves(uint32_t value) { return {value, val
 // An access of several values wants the address of all of them together to be aligned, as a GPU does.
 template <typename Value, size_t COUNT>
 Value* place(uint64_t address) {
-    if (address % (sizeof(Value) * COUNT) == 0) return reinterpret_cast<Value*>(address);
-    std::fprintf(stderr, "%s: misaligned address\n", kernel);
-    std::abort();
+    if (address % (sizeof(Value) * COUNT) != 0) fail("misaligned address");
+    return reinterpret_cast<Value*>(address);
 }
 
 template <typename Value, typename... Registers>
@@ -48,7 +52,10 @@ void store(uint64_t address, Values... values) {
     ((*to++ = values), ...);
 }
 
-inline uint64_t shared(uint64_t address) { return reinterpret_cast<uint64_t>(memory) + address; }
+inline uint64_t shared(uint32_t address) {
+    if (address >= SHARED_BYTES) fail("address outside of shared memory");
+    return reinterpret_cast<uint64_t>(memory) + address;
+}
 
 template <typename T>
 auto wide(T value) {
@@ -115,9 +122,13 @@ inline unsigned bit_field(unsigned from, unsigned into, unsigned first, unsigned
 
 // Of all lanes of a warp, as every shuffle of ours is.
 inline unsigned shuffled(unsigned value, unsigned mask, unsigned clamp, unsigned lanes) {
-    return clamp == 31 && lanes == ~0u ? __shfl_xor_sync(lanes, value, mask) : (std::abort(), 0);
+    if (clamp != 31 || lanes != ~0u) fail("shuffle of a part of the warp");
+    return __shfl_xor_sync(lanes, value, mask);
 }
 
-inline void barrier(unsigned which) { which == 0 ? __syncthreads() : std::abort(); }
+inline void barrier(unsigned which) {
+    if (which != 0) fail("barrier of a part of the block");
+    __syncthreads();
+}
 
 }  // namespace ptx
