@@ -87,10 +87,21 @@ def model(request: pytest.FixtureRequest):
     return ON_GPU[MODEL] if request.param == "gpu" else request.getfixturevalue(f"{request.param}_model")
 
 
+Apart = Callable[..., subprocess.CompletedProcess[str]]
+
+
 @pytest.fixture(scope="session")
-def thread_sanitizer(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[..., subprocess.CompletedProcess[str]]:
+def apart() -> Apart:
+    """Run a program on kernels in a process of its own, which may crash."""
+
+    def run(program: str, on: HostKernels, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return _run(program, on.path, {"PYTHONFAULTHANDLER": "1"}, *arguments)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def thread_sanitizer(tmp_path_factory: pytest.TempPathFactory) -> Apart:
     """Run a program on a source's kernels, finding data races. Skips where ThreadSanitizer does not work."""
     folder = tmp_path_factory.mktemp("thread_sanitizer")
 
@@ -101,11 +112,7 @@ def thread_sanitizer(
     def run(program: str, source: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         found = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True)
         settings = {"LD_PRELOAD": found.stdout.strip(), "TSAN_OPTIONS": f"exitcode={RACE_FOUND}"}
-        folders = [str(Path(__file__).parent), str(library(source))]
-        command = [sys.executable, "-c", PROGRAM + program, *folders, *arguments]
-        return subprocess.run(
-            command, env=os.environ | settings, capture_output=True, text=True, timeout=300, check=False
-        )
+        return _run(program, library(source), settings, *arguments)
 
     try:
         done = run("", KERNELS)
@@ -114,3 +121,9 @@ def thread_sanitizer(
     if done.returncode:
         pytest.skip(f"ThreadSanitizer does not run here: {done.stderr.strip()}")
     return run
+
+
+def _run(program: str, library: Path, settings: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    folders = [str(Path(__file__).parent), str(library)]
+    command = [sys.executable, "-c", PROGRAM + program, *folders, *arguments]
+    return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=300, check=False)

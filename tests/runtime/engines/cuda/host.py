@@ -4,6 +4,7 @@ Launches take addresses, as cuLaunchKernel does, so that code which only knows a
 """
 
 import ctypes
+import mmap
 import re
 import shutil
 import subprocess
@@ -15,7 +16,10 @@ import numpy as np
 import pytest
 
 SHIM = Path(__file__).with_name("cuda_shim.h")
-_FLAGS = ("-std=c++20", "-O2", "-ffp-contract=off", "-pthread", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas")
+_FLAGS = (
+    "-std=c++20", "-O2", "-ffp-contract=off", "-pthread", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas",
+    "-fsanitize=bounds", "-fsanitize-undefined-trap-on-error",  # an index outside a kernel's own array crashes
+)  # fmt: skip
 NATIVE = ("-march=native",)  # one instruction for fmaf instead of a call: the same numbers, in less time
 _OWN_SYMBOLS = ("-Wl,-Bsymbolic", "-fno-gnu-unique")  # the process may hold another function of a kernel's name
 RACE_FOUND = 66  # exit code under ThreadSanitizer
@@ -39,6 +43,18 @@ class Table:
     def __init__(self, arrays: Sequence[np.ndarray]) -> None:
         self.arrays = arrays
         self.addresses = np.array([array.ctypes.data for array in arrays], dtype=np.uint64)
+
+
+def walled(array: np.ndarray) -> np.ndarray:
+    """The same values before a page that nobody may touch: what leaves the array at its end crashes."""
+    held = mmap.mmap(-1, -(-array.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE + mmap.PAGESIZE)
+    wall = ctypes.addressof(ctypes.c_char.from_buffer(held)) + len(held) - mmap.PAGESIZE
+    if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(wall), ctypes.c_size_t(mmap.PAGESIZE), 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    begin = len(held) - mmap.PAGESIZE - array.nbytes
+    view = np.frombuffer(held, dtype=array.dtype, count=array.size, offset=begin).reshape(array.shape)
+    view[...] = array
+    return view
 
 
 Argument = np.ndarray | Part | Table | np.generic | int | None

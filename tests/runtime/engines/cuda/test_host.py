@@ -1,5 +1,6 @@
 """The CPU stand-in for CUDA: what it says about kernels is only worth what it can find wrong."""
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,11 @@ for k, block in ((10, 10), (64, 64), (64, 7), (256, 64)):
         state = (known, bits, tokens, np.ones(1, np.int32))
         inputs = (logits, u_bits, u_confidence, guidance, temperature, remask_count)
         kernels.launch("sample_pass", 2, block, *inputs, *state, *sizes)
+"""
+BEHIND = """
+from host import Part, walled
+
+kernels.launch("advance", 1, 1, Part(walled(np.zeros(1, dtype=np.int32)), int(sys.argv[3])))
 """
 REVERSE = """
 kernels.launch(sys.argv[3], 1, 64, np.arange(64, dtype=np.int32), np.zeros(64, dtype=np.int32), np.int32(3))
@@ -148,3 +154,8 @@ def test_a_missing_barrier_is_found(thread_sanitizer, source):
     done = thread_sanitizer(REVERSE, source, "racing_reverse")
     assert done.returncode == RACE_FOUND
     assert "data race" in done.stderr
+
+
+def test_a_touch_behind_a_walled_array_crashes(apart, host):
+    assert apart(BEHIND, host, "0").returncode == 0
+    assert apart(BEHIND, host, "1").returncode == -signal.SIGSEGV

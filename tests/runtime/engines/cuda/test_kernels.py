@@ -265,28 +265,32 @@ def test_a_gpu_runs_all_of_these_tests_too(gpu):
     test_advance_counts_once(gpu)
 
 
+@pytest.mark.parametrize("place_out", [np.ascontiguousarray, misaligned], ids=["to_aligned", "to_misaligned"])
 @pytest.mark.parametrize("place", [np.ascontiguousarray, misaligned], ids=["aligned", "misaligned"])
 @pytest.mark.parametrize("row_bytes", [2, 14, 16, 48, 50])
-def test_gather_rows_copies_rows_and_leaves_the_negative(kernels, row_bytes, place):
+def test_gather_rows_copies_rows_and_leaves_the_negative(kernels, row_bytes, place, place_out):
     rng = np.random.default_rng(row_bytes)
     pieces, table_rows = 3, 5
     table = place(rng.integers(0, 256, (pieces, table_rows, row_bytes), dtype=np.uint8))
     index = array_of(4, -1, 0, 4, 2, -2)
-    out = place(np.full((pieces, len(index), row_bytes), 77, dtype=np.uint8))
+    out = place_out(np.full((pieces, len(index), row_bytes), 77, dtype=np.uint8))
     kernels.launch("gather_rows", 3, 33, table, index, out, *ints(pieces, table_rows, len(index), row_bytes))
     expected = table[:, index]
     expected[:, index < 0] = 77
     np.testing.assert_array_equal(out, expected)
 
 
+@pytest.mark.parametrize("place_out", [np.ascontiguousarray, misaligned], ids=["to_aligned", "to_misaligned"])
 @pytest.mark.parametrize("place", [np.ascontiguousarray, misaligned], ids=["aligned", "misaligned"])
 @pytest.mark.parametrize("row_bytes", [6, 32])
 @pytest.mark.parametrize(("rows", "row_offset", "start", "positions"), [(3, 0, 0, 7), (2, 1, 4, 3), (1, 2, 6, 1)])
-def test_write_kv_writes_its_rows_and_positions_only(kernels, rows, row_offset, start, positions, row_bytes, place):
+def test_write_kv_writes_its_rows_and_positions_only(
+    kernels, rows, row_offset, start, positions, row_bytes, place, place_out
+):
     rng = np.random.default_rng(positions)
     layers, heads, all_rows, length = 2, 3, 3, 7
     kv = place(rng.integers(0, 256, (layers, 2, rows, heads, positions, row_bytes), dtype=np.uint8))
-    caches = place(rng.integers(0, 256, (layers, 2, all_rows, heads, length, row_bytes), dtype=np.uint8))
+    caches = place_out(rng.integers(0, 256, (layers, 2, all_rows, heads, length, row_bytes), dtype=np.uint8))
     expected = caches.copy()
     expected[:, :, row_offset : row_offset + rows, :, start : start + positions] = kv
     sizes = ints(row_offset, layers, rows, heads, positions, all_rows, length, row_bytes)
