@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from bar_edge.runtime.engines.cuda.module import MODEL
 from bar_edge.runtime.errors import EngineError
 
 from . import ptx as compiled
-from .host import NATIVE, RACE_FOUND, HostKernels, build
+from .host import NATIVE, HostKernels, build
 
 try:
     from .gpu import GpuKernels
@@ -87,43 +86,16 @@ def model(request: pytest.FixtureRequest):
     return ON_GPU[MODEL] if request.param == "gpu" else request.getfixturevalue(f"{request.param}_model")
 
 
-Apart = Callable[..., subprocess.CompletedProcess[str]]
-
-
 @pytest.fixture(scope="session")
-def apart() -> Apart:
-    """Run a program on kernels in a process of its own, which may crash."""
+def apart() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a program on kernels in a process of its own, which may crash, and does at a data race in PTX."""
 
     def run(program: str, on: HostKernels, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return _run(program, on.path, {"PYTHONFAULTHANDLER": "1"}, *arguments)
+        settings = {"PYTHONFAULTHANDLER": "1", "PTX_RACES": "1"}
+        folders = [str(Path(__file__).parent), str(on.path)]
+        command = [sys.executable, "-c", PROGRAM + program, *folders, *arguments]
+        return subprocess.run(
+            command, env=os.environ | settings, capture_output=True, text=True, timeout=300, check=False
+        )
 
     return run
-
-
-@pytest.fixture(scope="session")
-def thread_sanitizer(tmp_path_factory: pytest.TempPathFactory) -> Apart:
-    """Run a program on a source's kernels, finding data races. Skips where ThreadSanitizer does not work."""
-    folder = tmp_path_factory.mktemp("thread_sanitizer")
-
-    @cache
-    def library(source: Path) -> Path:
-        return build(source, folder, ["-fsanitize=thread"])
-
-    def run(program: str, source: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-        found = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True)
-        settings = {"LD_PRELOAD": found.stdout.strip(), "TSAN_OPTIONS": f"exitcode={RACE_FOUND}"}
-        return _run(program, library(source), settings, *arguments)
-
-    try:
-        done = run("", KERNELS)
-    except RuntimeError as error:
-        pytest.skip(f"g++ has no ThreadSanitizer here: {error}")
-    if done.returncode:
-        pytest.skip(f"ThreadSanitizer does not run here: {done.stderr.strip()}")
-    return run
-
-
-def _run(program: str, library: Path, settings: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    folders = [str(Path(__file__).parent), str(library)]
-    command = [sys.executable, "-c", PROGRAM + program, *folders, *arguments]
-    return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=300, check=False)

@@ -1,14 +1,12 @@
 // Enough of CUDA's C++ for a host compiler to build our .cu files and run them on the CPU. Force-included before them.
 //
 // Blocks run in turn. A cooperative kernel (one that shares memory or synchronizes) runs every CUDA thread of a block as
-// a fiber of its own, which is left at barriers only; under ThreadSanitizer as an OS thread, so that a missing barrier is
-// a data race. Any other kernel runs as a plain loop. Every thread of a warp must take part in its shuffles, and shuffled
-// values are at most 8 bytes.
+// a fiber of its own, which is left at barriers only. Any other kernel runs as a plain loop. Every thread of a warp must
+// take part in its shuffles, and shuffled values are at most 8 bytes.
 #pragma once
 #undef _FORTIFY_SOURCE  // its longjmp refuses to change to another fiber's stack
 
 #include <atomic>
-#include <barrier>
 #include <bit>
 #include <cmath>
 #include <csetjmp>
@@ -103,9 +101,6 @@ namespace shim {
 
 constexpr unsigned WARP = 32;
 
-#ifdef __SANITIZE_THREAD__
-using Barrier = std::barrier<>;
-#else
 // A CUDA thread of the running block. It gives way to the next one by `pass_on`, and goes on when its turn comes again.
 // Once it is through it waits for the next block: making one anew costs more than most blocks do.
 struct Fiber {
@@ -140,7 +135,7 @@ __attribute__((noinline)) inline void pass_on() {
     if (!_setjmp(fibers[running].place)) continue_next();
 }
 
-// std::barrier for fibers.
+// As std::barrier.
 class Barrier {
 public:
     explicit Barrier(unsigned count) : count_(count), missing_(count) {}
@@ -160,7 +155,6 @@ private:
     }
     unsigned count_, missing_, phase_ = 0;
 };
-#endif
 
 // The operands of a product of tensor cores: a [16, DEPTH] and b [8, DEPTH].
 template <typename Value, unsigned DEPTH>
@@ -217,28 +211,6 @@ void run_plain(const Call& call, unsigned grid, unsigned threads) {
         for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) call();
 }
 
-#ifdef __SANITIZE_THREAD__
-template <typename Call>
-void run_cooperative(const Call& call, unsigned grid, unsigned threads) {
-    auto renew = [threads]() noexcept { block.emplace(threads); };
-    renew();
-    std::barrier<decltype(renew)> next_block(threads, renew);
-    auto thread = [&](unsigned index) {
-        threadIdx.x = index, blockDim.x = threads, gridDim.x = grid;
-        for (unsigned b = 0; b < grid; ++b) {
-            blockIdx.x = b;
-            call();
-            warp().barrier.arrive_and_drop();  // a thread that has returned is waited for no longer
-            running_block().barrier.arrive_and_drop();
-            next_block.arrive_and_wait();
-        }
-    };
-    std::vector<std::jthread> running;
-    for (unsigned index = 0; index < threads; ++index) running.emplace_back(thread, index);
-    running.clear();  // joins
-    block.reset();
-}
-#else
 [[noreturn]] inline void live() {
     for (;;) {
         run_call(running_call);
@@ -270,7 +242,6 @@ void run_cooperative(const Call& call, unsigned grid, unsigned threads) {
     }
     block.reset();
 }
-#endif
 
 // Launch a kernel with the addresses of its arguments, as cuLaunchKernel takes them.
 template <typename... Parameters>

@@ -22,7 +22,6 @@ _FLAGS = (
 )  # fmt: skip
 NATIVE = ("-march=native",)  # one instruction for fmaf instead of a call: the same numbers, in less time
 _OWN_SYMBOLS = ("-Wl,-Bsymbolic", "-fno-gnu-unique")  # the process may hold another function of a kernel's name
-RACE_FOUND = 66  # exit code under ThreadSanitizer
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _FUNCTION = re.compile(r"__(global|device)__\b[^{};]*?\b(?!__)(\w+)\s*\([^{};]*\)\s*\{")

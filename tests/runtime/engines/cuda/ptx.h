@@ -3,6 +3,7 @@
 
 #include <cstdio>
 #include <limits>
+#include <unordered_map>
 
 namespace ptx {
 
@@ -13,6 +14,48 @@ inline const char* kernel = "";
     std::fprintf(stderr, "%s: %s\n", kernel, what);
     std::abort();
 }
+
+// -- data races, found where PTX_RACES is set: slow ------------------------------------------------------------------
+
+inline const bool finds_races = std::getenv("PTX_RACES");
+inline unsigned phases[1024];  // barriers that each thread of the running block has passed
+
+struct Access {
+    static constexpr unsigned NONE = ~0u, SEVERAL = ~1u;  // threads
+    unsigned thread = NONE, block = 0, phase = 0;
+
+    // Whether the other may just as well come first, if they are of different threads.
+    bool meets(const Access& other, bool shared) const {
+        if (thread == NONE || (block == other.block && thread == other.thread)) return false;
+        return block == other.block ? phase == other.phase : !shared;
+    }
+};
+
+struct Touched {
+    Access written, read;
+};
+
+inline std::unordered_map<uint64_t, Touched> touched;  // bytes, in this launch
+
+inline void begin_launch(const char* name) { kernel = name, touched.clear(); }
+
+inline void begin_thread() { phases[threadIdx.x] = 0; }
+
+inline void touch(uint64_t address, size_t size, bool writes, bool shared) {
+    const Access now{threadIdx.x, blockIdx.x, phases[threadIdx.x]};
+    for (uint64_t byte = address; byte < address + size; ++byte) {
+        auto& [written, read] = touched[byte];
+        if (written.meets(now, shared) || (writes && read.meets(now, shared))) fail("data race");
+        if (writes)
+            written = now;
+        else if (read.meets(now, shared))
+            read = {Access::SEVERAL, read.block == now.block ? now.block : Access::SEVERAL, now.phase};
+        else if (read.block != Access::SEVERAL)
+            read = now;
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
 
 // A register's bits as another type of its size, or the low bits of a whole number.
 template <typename To, typename From>
@@ -33,28 +76,32 @@ inline std::pair<uint32_t, uint32_t> halves(uint64_t value) { return {value, val
 
 inline std::pair<uint16_t, uint16_t> halves(uint32_t value) { return {value, value >> 16}; }
 
+enum Space { GLOBAL, SHARED, OWN };  // a thread's own are its parameters, too
+
 // An access of several values wants the address of all of them together to be aligned, as a GPU does.
-template <typename Value, size_t COUNT>
-Value* place(uint64_t address) {
-    if (address % (sizeof(Value) * COUNT) != 0) fail("misaligned address");
+template <typename Value, Space SPACE, size_t COUNT>
+Value* place(uint64_t address, bool writes) {
+    constexpr size_t SIZE = sizeof(Value) * COUNT;
+    if (SPACE == SHARED) {
+        const uint32_t offset = address;
+        if (offset + SIZE > SHARED_BYTES) fail("address outside of shared memory");
+        address = reinterpret_cast<uint64_t>(memory) + offset;
+    }
+    if (address % SIZE != 0) fail("misaligned address");
+    if (finds_races && SPACE != OWN) touch(address, SIZE, writes, SPACE == SHARED);
     return reinterpret_cast<Value*>(address);
 }
 
-template <typename Value, typename... Registers>
+template <typename Value, Space SPACE, typename... Registers>
 void load(uint64_t address, Registers&... to) {
-    const Value* from = place<Value, sizeof...(to)>(address);
+    const Value* from = place<Value, SPACE, sizeof...(to)>(address, false);
     (set(to, *from++), ...);
 }
 
-template <typename Value, typename... Values>
+template <typename Value, Space SPACE, typename... Values>
 void store(uint64_t address, Values... values) {
-    Value* to = place<Value, sizeof...(values)>(address);
+    Value* to = place<Value, SPACE, sizeof...(values)>(address, true);
     ((*to++ = values), ...);
-}
-
-inline uint64_t shared(uint32_t address) {
-    if (address >= SHARED_BYTES) fail("address outside of shared memory");
-    return reinterpret_cast<uint64_t>(memory) + address;
 }
 
 template <typename T>
@@ -128,6 +175,7 @@ inline unsigned shuffled(unsigned value, unsigned mask, unsigned clamp, unsigned
 
 inline void barrier(unsigned which) {
     if (which != 0) fail("barrier of a part of the block");
+    ++phases[threadIdx.x];
     __syncthreads();
 }
 

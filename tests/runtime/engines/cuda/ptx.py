@@ -1,7 +1,8 @@
 """The kernels as NVRTC compiles them, on the CPU: their PTX becomes C++ above cuda_shim.h.
 
 So what the shim replaces is executed as a GPU would: conversions, operands of tensor cores, shuffles, mathematical
-functions; and every address must be aligned. What ptxas makes of PTX, registers and schedules, is not.
+functions. An address that is not aligned aborts; with PTX_RACES set, so does a data race. What ptxas makes of PTX,
+registers and schedules, is not executed.
 """
 
 import re
@@ -22,6 +23,7 @@ _TYPES = {
 }  # fmt: skip
 _GARBAGE = {"pred": "true", "b16": "0x5a5a", "b32": "0x5a5a5a5a", "b64": "0x5a5a5a5a5a5a5a5a", "f32": "-7.7e33f"}
 _SPECIAL = {"%tid.x": "threadIdx.x", "%ctaid.x": "blockIdx.x", "%ntid.x": "blockDim.x", "%nctaid.x": "gridDim.x"}
+_SPACES = {"shared": "SHARED", "local": "OWN", "param": "OWN"}
 _STATEMENTS = {"ret": "return;", "bra": "goto {0};", "bra.uni": "goto {0};", "bar.sync": "ptx::barrier({0});"}
 # What an instruction's first operand becomes, by opcode, or by opcode without the type of the others.
 _EXPRESSIONS = {
@@ -60,11 +62,15 @@ def build(source: Path, folder: Path, host: HostKernels) -> Path:
     code = [f'constexpr unsigned SHARED_BYTES = {size};\n#include "{_HEADER}"\n']
     for name, parameters, body in re.findall(r"\.entry (\w+)\((.*?)\)[^{]*\{(.*?)\n\}\n", text, re.DOTALL):
         kernel = _Kernel(re.findall(r"\w+_param_\d+", parameters), shared)
+        instructions = "\n".join(kernel.translated(body))
         run = "cooperative" if _COOPERATION.search(body) else "plain"
-        code.append(f"static void {name}(void** arguments) {{\n" + "\n".join(kernel.translated(body)) + "\n}\n")
         code.append(f"""
+static void {name}(void** arguments) {{
+ptx::begin_thread();
+{instructions}
+}}
 extern "C" void launch_{name}(unsigned grid, unsigned block, void** arguments) {{
-    ptx::kernel = "{name}";
+    ptx::begin_launch("{name}");
     shim::run_{run}([=] {{ {name}(arguments); }}, grid, block);
 }}
 extern "C" const char* parameters_{name}() {{ return "{" ".join(host.parameters(name))}"; }}
@@ -130,11 +136,10 @@ class _Kernel:
             address = f"(uint64_t)arguments[{self._parameters.index(base)}]"
         else:
             address = f"{self._value(base, 'u64')} + {offset or 0}"
-            address = f"ptx::shared({address})" if ".shared." in opcode else address
+        what = f"{_TYPES[kind]}, ptx::{_SPACES.get(opcode.split('.')[1], 'GLOBAL')}"
         if opcode.startswith("ld."):
-            return f"ptx::load<{_TYPES[kind]}>({address}, {', '.join(_register(part) for part in _parts(values))});"
-        listed = ", ".join(self._value(part, kind) for part in _parts(values))
-        return f"ptx::store<{_TYPES[kind]}>({address}, {listed});"
+            return f"ptx::load<{what}>({address}, {', '.join(_register(part) for part in _parts(values))});"
+        return f"ptx::store<{what}>({address}, {', '.join(self._value(part, kind) for part in _parts(values))});"
 
     def _mma(self, kind: str, operands: list[str]) -> str:
         d, a, b, c = map(_parts, operands)

@@ -6,9 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bar_edge.runtime.engines.cuda.compiler import KERNELS
-
-from .host import RACE_FOUND, HostKernels, build
+from .host import HostKernels, build
 
 COOPERATING = """
 __device__ int warp_sum(int value) {
@@ -36,33 +34,11 @@ extern "C" __global__ void reverse(const int* values, int* reversed, int early) 
     __syncthreads();
     reversed[blockIdx.x * blockDim.x + threadIdx.x] = shared[blockDim.x - 1 - threadIdx.x];
 }
-
-extern "C" __global__ void racing_reverse(const int* values, int* reversed, int) {
-    __shared__ int shared[64];
-    shared[threadIdx.x] = values[threadIdx.x];
-    reversed[threadIdx.x] = shared[blockDim.x - 1 - threadIdx.x];
-}
-"""
-SAMPLE = """
-for k, block in ((10, 10), (64, 64), (64, 7), (256, 64)):
-    rng = np.random.default_rng(k)
-    logits, u_bits, u_confidence = (rng.random(s, np.float32) for s in ((4, k, 2), (2, 3, 2, k, 2), (2, 3, 2, k)))
-    guidance, temperature = np.ones(2, np.float32), np.ones(3, np.float32)
-    remask_count = np.array([k - 3, 2, 0], dtype=np.int32)
-    known, bits, tokens = (np.zeros(s, np.uint8) for s in ((2, k), (2, k), (2, 2, k)))
-    for head_pass in range(3):
-        sizes = [np.int32(size) for size in (head_pass, 3, 2, 2, k, 1)]
-        state = (known, bits, tokens, np.ones(1, np.int32))
-        inputs = (logits, u_bits, u_confidence, guidance, temperature, remask_count)
-        kernels.launch("sample_pass", 2, block, *inputs, *state, *sizes)
 """
 BEHIND = """
 from host import Part, walled
 
 kernels.launch("advance", 1, 1, Part(walled(np.zeros(1, dtype=np.int32)), int(sys.argv[3])))
-"""
-REVERSE = """
-kernels.launch(sys.argv[3], 1, 64, np.arange(64, dtype=np.int32), np.zeros(64, dtype=np.int32), np.int32(3))
 """
 
 
@@ -140,20 +116,6 @@ def test_a_source_that_does_not_compile_says_why(tmp_path):
     broken.write_text('extern "C" __global__ void broken(int* n) { *n = missing; }')
     with pytest.raises(RuntimeError, match="missing"):
         build(broken, tmp_path)
-
-
-def test_the_threads_of_sample_pass_do_not_race(thread_sanitizer):
-    done = thread_sanitizer(SAMPLE, KERNELS)
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_missing_barrier_is_found(thread_sanitizer, source):
-    """The test above can fail."""
-    done = thread_sanitizer(REVERSE, source, "reverse")
-    assert done.returncode == 0, done.stderr
-    done = thread_sanitizer(REVERSE, source, "racing_reverse")
-    assert done.returncode == RACE_FOUND
-    assert "data race" in done.stderr
 
 
 def test_a_touch_behind_a_walled_array_crashes(apart, host):

@@ -11,6 +11,19 @@ from bar_edge.runtime.spec import ModelSpec, Recipe
 
 TIE = 1e-6  # of the largest logit: closer decisions may fall either way, since logf differs by a rounding
 GEOMETRIES = [(1, 1), (3, 33), (64, 128)]  # grid, block: elementwise kernels give the same in any
+SAMPLE = """
+for k, block in ((10, 10), (64, 64), (64, 7), (256, 64)):
+    rng = np.random.default_rng(k)
+    logits, u_bits, u_confidence = (rng.random(s, np.float32) for s in ((4, k, 2), (2, 3, 2, k, 2), (2, 3, 2, k)))
+    guidance, temperature = np.ones(2, np.float32), np.ones(3, np.float32)
+    remask_count = np.array([k - 3, 2, 0], dtype=np.int32)
+    known, bits, tokens = (np.zeros(s, np.uint8) for s in ((2, k), (2, k), (2, 2, k)))
+    for head_pass in range(3):
+        sizes = [np.int32(size) for size in (head_pass, 3, 2, 2, k, 1)]
+        state = (known, bits, tokens, np.ones(1, np.int32))
+        inputs = (logits, u_bits, u_confidence, guidance, temperature, remask_count)
+        kernels.launch("sample_pass", 2, block, *inputs, *state, *sizes)
+"""
 
 
 def ints(*values: int) -> list[np.int32]:
@@ -313,3 +326,9 @@ def test_to_cells_puts_every_bit_in_its_place(kernels, side, patch, token_size, 
     for image, order in enumerate(orders):
         raster[image, order] = tokens[image]
     np.testing.assert_array_equal(cells, to_fine_grid(raster, spec))
+
+
+def test_the_threads_of_sample_pass_do_not_race(apart, ptx):
+    """It alone shares memory; what can be found is in test_ptx.py."""
+    done = apart(SAMPLE, ptx)
+    assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ import pytest
 from bar_edge.calibration.quantize import from_blocks, per_channel, to_blocks
 from bar_edge.export.prepack import prepacked
 from bar_edge.runtime.engines.cuda.graphs import Activation, Destination
-from bar_edge.runtime.engines.cuda.module import MODEL, THREADS
+from bar_edge.runtime.engines.cuda.module import THREADS
 from bar_edge.runtime.precisions import BITS
 from bar_edge.runtime.spec import LAYER_NORM_EPS, RMS_NORM_EPS
 
@@ -504,13 +504,8 @@ def test_patches_become_an_image(model):
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_threads_of_a_block_do_not_race(thread_sanitizer):
-    """Every kernel whose threads share memory; what ThreadSanitizer can find is in test_host.py."""
-    done = thread_sanitizer(LAUNCHES, MODEL)
-    assert done.returncode == 0, done.stderr
-
-
-def test_nothing_behind_an_array_is_touched(apart, host_model):
-    """Where rows, inputs, outputs and chunks fill no tile."""
-    done = apart(LAUNCHES, host_model)
+@pytest.mark.parametrize("compiled", ["host_model", "ptx_model"])
+def test_no_launch_leaves_its_arrays_or_races(request, apart, compiled):
+    """Where rows, inputs, outputs and chunks fill no tile; what can be found is in test_host.py and test_ptx.py."""
+    done = apart(LAUNCHES, request.getfixturevalue(compiled))
     assert done.returncode == 0, done.stderr

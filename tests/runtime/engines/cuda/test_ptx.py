@@ -1,7 +1,5 @@
 """PTX on the CPU: what it says about kernels is only worth what it can find wrong."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,19 +30,24 @@ extern "C" __global__ void backwards(int* values) {
     values[threadIdx.x] = shared[63 - threadIdx.x];
 }
 
+extern "C" __global__ void backwards_in_a_race(int* values) {
+    __shared__ int shared[64];
+    shared[threadIdx.x] = values[threadIdx.x];
+    values[threadIdx.x] = shared[63 - threadIdx.x];
+}
+
+extern "C" __global__ void blocks_in_a_race(int* values) { values[threadIdx.x] = blockIdx.x; }
+
 extern "C" __global__ void four_at_once(const uint4* from, uint4* to) { *to = *from; }
 """
 UNKNOWN = 'extern "C" __global__ void count(unsigned* n) { n[1] = atomicAdd(n, 1u); }'
 COPY = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import numpy as np
-from pathlib import Path
-from host import HostKernels
-
 memory = np.zeros(64, dtype=np.uint32)
 first = memory.ctypes.data + -memory.ctypes.data % 16
-HostKernels(Path(sys.argv[2])).launch("four_at_once", 1, 1, first, first + 32 + int(sys.argv[3]))
+kernels.launch("four_at_once", 1, 1, first, first + 32 + int(sys.argv[3]))
+"""
+SHARE = """
+kernels.launch(sys.argv[3], int(sys.argv[4]), 64, np.arange(64, dtype=np.int32))
 """
 
 
@@ -87,10 +90,26 @@ def test_threads_meet_at_barriers(arithmetic):
 
 
 @pytest.mark.parametrize(("offset", "message"), [(0, ""), (4, "four_at_once: misaligned address")])
-def test_an_address_that_a_gpu_refuses_is_told(arithmetic, offset, message):
-    program = [sys.executable, "-c", COPY, str(Path(__file__).parent), str(arithmetic.path), str(offset)]
-    done = subprocess.run(program, capture_output=True, text=True, check=False)
-    assert done.stderr.strip() == message and (done.returncode != 0) == bool(message)
+def test_an_address_that_a_gpu_refuses_is_told(apart, arithmetic, offset, message):
+    found(apart(COPY, arithmetic, str(offset)), message)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "blocks", "message"),
+    [
+        ("backwards", 1, ""),
+        ("backwards_in_a_race", 1, "backwards_in_a_race: data race"),
+        ("blocks_in_a_race", 1, ""),
+        ("blocks_in_a_race", 2, "blocks_in_a_race: data race"),
+    ],
+)
+def test_a_missing_order_is_told(apart, arithmetic, kernel, blocks, message):
+    found(apart(SHARE, arithmetic, kernel, str(blocks)), message)
+
+
+def found(done, message):
+    assert (done.returncode != 0) == bool(message)
+    assert done.stderr.startswith(message)
 
 
 def test_an_unknown_instruction_is_named(tmp_path):
