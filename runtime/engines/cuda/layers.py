@@ -6,21 +6,21 @@ from bar_edge.runtime.engines.cuda.resident import Weights
 from bar_edge.runtime.errors import BundleError, CompatibilityError
 from bar_edge.runtime.spec import DECODER_HEADS, ModelSpec
 
-_MAX_POSITIONS, _MAX_HEAD_DIM, DECODER_HEAD_DIMS = 2048, 256, (64, 128)  # of attention.cuh
+MAX_POSITIONS, MAX_HEAD_DIM, DECODER_HEAD_DIMS = 2048, 256, (64, 128)  # of attention.cuh
 
 
 def check(spec: ModelSpec, weights: Weights) -> None:
     """Raise CompatibilityError for a model that the kernels cannot do, BundleError for weights of another model."""
     decoder_dim = weights.features("quantize.out_proj")[1] // DECODER_HEADS
     positions = max(spec.prefix_length + spec.num_tokens, 1 + spec.image_seq_len)
-    if spec.head_dim % 8 or decoder_dim % 4 or spec.head_dim > _MAX_HEAD_DIM or decoder_dim > DECODER_HEAD_DIMS[-1]:
+    if spec.head_dim % 8 or decoder_dim % 4 or spec.head_dim > MAX_HEAD_DIM or decoder_dim > DECODER_HEAD_DIMS[-1]:
         raise CompatibilityError(
             f"{weights.path}: heads have {spec.head_dim} channels and {decoder_dim} in the decoder; this engine takes "
-            f"multiples of 8 and of 4, up to {_MAX_HEAD_DIM} and {DECODER_HEAD_DIMS[-1]}: use TensorRT"
+            f"multiples of 8 and of 4, up to {MAX_HEAD_DIM} and {DECODER_HEAD_DIMS[-1]}: use TensorRT"
         )
-    if positions > _MAX_POSITIONS:
+    if positions > MAX_POSITIONS:
         raise CompatibilityError(
-            f"{weights.path}: attends to {positions} positions, this engine to {_MAX_POSITIONS} at most: use TensorRT"
+            f"{weights.path}: attends to {positions} positions, this engine to {MAX_POSITIONS} at most: use TensorRT"
         )
     if spec.head_width % 8:
         raise CompatibilityError(

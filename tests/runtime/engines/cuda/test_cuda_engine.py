@@ -14,9 +14,9 @@ from bar_edge.runtime.engines import Batch, choose, status
 from bar_edge.runtime.engines.cuda import device as device_module
 from bar_edge.runtime.engines.cuda.engine import check_capability, profiles, start
 from bar_edge.runtime.engines.cuda.graphs import block_rows, scratch_bytes
-from bar_edge.runtime.engines.cuda.layers import check
+from bar_edge.runtime.engines.cuda.layers import MAX_HEAD_DIM, MAX_POSITIONS, check
 from bar_edge.runtime.engines.cuda.loop import buffer_sizes
-from bar_edge.runtime.engines.cuda.module import THREADS
+from bar_edge.runtime.engines.cuda.module import MODEL, THREADS
 from bar_edge.runtime.engines.cuda.profile import Profile
 from bar_edge.runtime.engines.cuda.resident import Weights
 from bar_edge.runtime.errors import BundleError, CompatibilityError, EngineError
@@ -258,6 +258,11 @@ def test_tables_of_another_model_are_refused(patch1, prepacked):
 def test_heads_and_lengths_that_the_kernels_cannot_do_are_named(patch1, prepacked, change, message):
     with pytest.raises(CompatibilityError, match=f"{message}.*use TensorRT"):
         check(replace(patch1.spec, **change), Weights(prepacked(patch1.bundle)))
+
+
+def test_the_limits_are_those_of_the_kernels():
+    limits = f"MAX_POSITIONS = {MAX_POSITIONS}, MAX_HEAD_DIM = {MAX_HEAD_DIM},"
+    assert limits in MODEL.with_name("attention.cuh").read_text()
 
 
 def test_weights_that_do_not_fit_say_what_is_free(patch1, prepacked, host):
