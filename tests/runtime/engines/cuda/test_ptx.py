@@ -65,7 +65,7 @@ def arithmetic(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
     return compiled(ARITHMETIC, tmp_path_factory.mktemp("arithmetic"))
 
 
-def test_floats_become_whole_numbers_and_bounded_as_on_a_gpu(arithmetic):
+def test_floats_become_whole_numbers_and_bounded(arithmetic):
     x = np.array([np.nan, np.inf, -np.inf, 3e9, -3e9, -1.9, 0.99, 1], dtype=np.float32)
     rounded, below_one, kept = (np.zeros(len(x), dtype) for dtype in (np.int32, np.uint8, np.float32))
     arithmetic.launch("whole", 1, len(x), x, rounded, below_one, kept)
@@ -90,7 +90,7 @@ def test_threads_meet_at_barriers(arithmetic):
 
 
 @pytest.mark.parametrize(("offset", "message"), [(0, ""), (4, "four_at_once: misaligned address")])
-def test_an_address_that_a_gpu_refuses_is_told(apart, arithmetic, offset, message):
+def test_a_misaligned_address_is_told(apart, arithmetic, offset, message):
     found(apart(COPY, arithmetic, str(offset)), message)
 
 
