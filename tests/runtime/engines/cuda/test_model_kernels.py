@@ -58,7 +58,8 @@ kernels.launch("attend_step", rows * heads, 256, qkv, *step)
 keys, values, out = halves(rows, heads, 3, d), halves(rows, heads, 3, d), halves(6, heads, d)
 kernels.launch("rotate_prefix", 5, 256, qkv, *tables, keys, values, i32(6), i32(3), *sizes)
 kernels.launch("attend_prefix", 6 * heads, 256, qkv, keys, values, out, i32(3), *sizes, f32(0))
-kernels.launch("attend_image_64", 2 * heads, 256, halves(6, 3 * heads, d), out, i32(3), *sizes, f32(0))
+qkv, out = halves(140, 3 * heads, d), halves(140, heads, d)  # two images of two tiles of keys
+kernels.launch("attend_image_64", 2 * heads, 256, qkv, out, i32(70), *sizes, f32(0))
 """
 
 
