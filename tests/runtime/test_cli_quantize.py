@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from bar_edge.calibration import ranges
+from bar_edge.calibration import quantizer, ranges
 from bar_edge.calibration.trajectories import Calibration
 from bar_edge.runtime.bundle import Bundle
 from bar_edge.runtime.cli import app
@@ -69,13 +69,11 @@ def test_quantize_collects_and_tells_what_became_of_every_graph(small, tmp_path)
     assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["quantized"]
 
 
-def test_quantize_measures_unless_told_otherwise(small, saved, tmp_path):
+def test_quantize_measures_unless_told_otherwise(small, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantizer, "_FASTER", 0.0)  # whatever is measured here
     done = run("quantize", small.bundle.path, "-o", tmp_path / "q", "--calibration", saved, "--threads", 1)
-    if done.exit_code:  # nothing is faster here, and it says so
-        assert "nothing is faster quantized" in str(done.exception)
-    else:
-        timings = Bundle.open(tmp_path / "q").manifest["quantization"]["timings"]
-        assert len(timings) == 5 and all(sentence in done.stdout for sentence in timings)
+    timings = Bundle.open(tmp_path / "q").manifest["quantization"]["timings"]
+    assert len(timings) == 5 and all(sentence in done.stdout for sentence in timings)
 
 
 def test_a_calibration_is_written_and_used_again(small, tmp_path, monkeypatch, request):
