@@ -178,9 +178,8 @@ def test_the_engine_proves_itself(golden, emulate, prepacked, form):
     assert found.passed, found.sentence
 
 
-@pytest.mark.parametrize("form", ["fp32", "int8-weight"])
-def test_what_nvrtc_compiles_proves_itself(small, ptx, ptx_model, prepacked, form):
-    bundle = prepacked(small.bundle if form == "fp32" else small.quantized(form))
+def test_what_nvrtc_compiles_proves_itself(small, ptx, ptx_model, prepacked):
+    bundle = prepacked(small.quantized("int8-weight"))
     profile = Profile.of(1, guided=True, passes=len(bundle.recipe.allocation))
     found = selftest.run(EmulatedGenerator(bundle, kernel_loop(bundle, ptx, ptx_model, profile).loop))
     assert found.passed, found.sentence
