@@ -68,9 +68,8 @@ def of_bundle(bundle: Bundle) -> Traffic:
 
     def read(parts: tuple[str, ...]) -> tuple[int, int]:
         times = {name: reads_per_token(name, passes) for name in places if part_of(name) in parts}
-        return sum(n * places[name].length for name, n in times.items()), sum(
-            n * counts[name] for name, n in times.items()
-        )
+        stored = sum(n * places[name].length for name, n in times.items())
+        return stored, sum(n * counts[name] for name, n in times.items())
 
     return Traffic(
         trunk=read(trunk),
