@@ -86,7 +86,7 @@ def read_state_dict(path: Path) -> Tensors:
         try:
             loaded: Any = safetensors.torch.load_file(path)
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+            raise _unreadable(path, error) from error
         except Exception as error:
             raise CheckpointError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
     else:
@@ -255,6 +255,13 @@ def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: cannot be read ({error.strerror or error}); copy it again if it was cut short, else see to its "
+        "permissions and disk"
+    )
+
+
 def _read_pickle(path: Path) -> Any:
     if Version(torch.__version__).release < _MINIMUM_TORCH.release:
         raise CheckpointError(
@@ -266,7 +273,7 @@ def _read_pickle(path: Path) -> Any:
             warnings.simplefilter("ignore")  # torch's, of files that are refused right after
             return _load(path)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise _unreadable(path, error) from error
     except Exception as error:  # torch's own messages advise to execute what is in the file
         refused = re.search(r"GLOBAL (\S+)", str(error))
         found = f"holds {refused[1]}, which was not loaded" if refused else "not a checkpoint of PyTorch, or cut short"

@@ -177,7 +177,7 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch)
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(torch, "load", forbidden)
-    with pytest.raises(CheckpointError, match=r"weights\.bin: cannot be read \(Permission denied\)"):
+    with pytest.raises(CheckpointError, match=r"weights\.bin: cannot be read \(Permission denied\); copy it again"):
         read_state_dict(save(SOME, tmp_path / "weights.bin"))
 
 
