@@ -12,7 +12,7 @@ demo: .venv/installed
 	$(BIN)/bar-edge demo -o demo-output --force
 
 test: .venv/installed lint $(KERNELS)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .

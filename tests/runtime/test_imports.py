@@ -1,17 +1,13 @@
-"""The runtime needs no torch and no onnx, starts fast, and nothing imports a folder bare."""
+"""The runtime needs no torch and no onnx, loads no more than it needs, and nothing imports a folder bare."""
 
 import ast
 import json
-import statistics
 from pathlib import Path
-
-import pytest
 
 import bar_edge.runtime
 
 REPOSITORY = Path(__file__).parents[2]
 BANNED = {"runtime", "export", "calibration", "benchmarks"}
-SECONDS = 0.3
 
 WITHOUT_EXTRAS = """
 import sys
@@ -33,11 +29,12 @@ with Generator(sys.argv[1], threads=1) as bar:
     from bar_edge.runtime import selftest
     print(images[0].size, bits.sum(), selftest.run(bar).passed)
 """
-TIME = """
-import time
-begin = time.perf_counter()
+LOADED = """
+import json, sys
+before = set(sys.modules)
 import bar_edge.runtime
-print(time.perf_counter() - begin)
+names = {name.split(".")[0] for name in sys.modules.keys() - before}
+print(json.dumps([name for name in names if name not in sys.stdlib_module_names]))
 """
 
 
@@ -57,10 +54,11 @@ def test_a_bundle_draws_and_proves_itself_without_the_extras(python, patch1):
     assert done.stdout.split() == ["(64,", "64)", str(bits.sum()), "True"]
 
 
-@pytest.mark.parametrize("module", ["torch", "onnx", "onnxruntime", "safetensors", "yaml", "typer", "rich"])
-def test_importing_the_runtime_loads_no_library_it_may_not_need(python, module):
-    done = python(f"import sys, bar_edge.runtime\nprint('{module}' in sys.modules)")
-    assert done.stdout.strip() == "False", done.stderr
+def test_importing_the_runtime_loads_only_libraries_that_every_image_needs(python):
+    """So that it is fast: the engine, the command line and its tables come when they are used."""
+    done = python(LOADED)
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout)) == {"bar_edge", "numpy", "PIL"}
 
 
 def test_the_command_says_which_extra_is_missing(python, patch1):
@@ -69,11 +67,6 @@ def test_the_command_says_which_extra_is_missing(python, patch1):
     assert done.returncode == 2
     assert "pip install 'bar-edge[export]'" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_importing_the_runtime_is_fast(python):
-    seconds = statistics.median(float(python(TIME).stdout) for _ in range(3))
-    assert seconds < SECONDS
 
 
 def imports_of(path: Path) -> set[str]:
