@@ -54,7 +54,8 @@ class FakeDriver:
         self._clock = 0.0
         self._recorded: dict[int, float] = {}  # event -> when
         self.launched: list[tuple[str, tuple[int, ...], int]] = []  # kernel, its six sizes, stream
-        self.parameters: list[bytes] = []  # the 8 bytes that each of three parameters of the last launch points to
+        self.widths: tuple[int, ...] = ()  # of the parameters that every launch has, in bytes, if they are to be kept
+        self.parameters: list[bytes] = []  # of the last launch
         self.capturing = False
         self._next = 100
 
@@ -194,7 +195,8 @@ class FakeDriver:
         *sizes, shared, stream, pointers, extra = arguments
         assert (shared, extra) == (0, 0)
         self.launched.append((function, tuple(sizes), stream))
-        self.parameters = [ctypes.string_at(pointer, 8) for pointer in (ctypes.c_void_p * 3).from_address(pointers)]
+        addresses = (ctypes.c_void_p * len(self.widths)).from_address(pointers)
+        self.parameters = [ctypes.string_at(*parameter) for parameter in zip(addresses, self.widths, strict=True)]
 
     def _free(self) -> int:
         return self.total - sum(array.nbytes for array in self.memory.values())
