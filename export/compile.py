@@ -145,7 +145,7 @@ class Builder:
             return self._build(path, what, noted)
 
     def _build(self, path: Path, what: str, noted: list[int]) -> bytes:
-        """`build`; it ends early, and not in an error, when a signal is noted."""
+        """`build`; it ends early when a signal is noted."""
         trt = self._trt
         self._log.lines.clear()
         builder = trt.Builder(self._log)
@@ -157,7 +157,7 @@ class Builder:
         config = builder.create_builder_config()
         config.clear_flag(trt.BuilderFlag.TF32)
         timings = self._timing_cache(config)
-        config.progress_monitor = _monitor_of(trt)(what, self._progress, noted)
+        monitor = config.progress_monitor = _monitor_of(trt)(what, self._progress, noted)
         if self._rtx:
             config.num_compute_capabilities = len(self._target.sms)
             for i, sm in enumerate(self._target.sms):
@@ -165,8 +165,10 @@ class Builder:
         else:
             config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         plan = builder.build_serialized_network(network, config)
+        if monitor.raised is not None:
+            raise monitor.raised
         if plan is None and noted:
-            return b""
+            raise EngineError(f"{what}: {self._name} was interrupted by signal {noted[0]}")
         if plan is None:
             tail = " | ".join(self._log.lines) or "it said nothing"
             raise EngineError(f"{what}: {self._name} could not build an engine; the end of its log: {tail}")
@@ -301,13 +303,14 @@ def _signals_noted() -> Iterator[list[int]]:
 
 
 def _monitor_of(trt: ModuleType) -> Any:
-    """A progress monitor that reports the builder's phases and stops it when interrupted."""
+    """A progress monitor that reports the builder's phases, and stops it when interrupted or when reporting fails."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined,misc]
         def __init__(self, what: str, progress: Progress, noted: list[int]) -> None:
             trt.IProgressMonitor.__init__(self)
             self._what, self._progress, self._noted = what, progress, noted
             self._steps: dict[str, int] = {}
+            self.raised: BaseException | None = None  # by `progress`; the builder would swallow it
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self._steps[phase_name] = num_steps
@@ -315,9 +318,9 @@ def _monitor_of(trt: ModuleType) -> Any:
         def step_complete(self, phase_name: str, step: int) -> bool:
             try:
                 self._progress(f"compiling {self._what}: {phase_name}", step + 1, self._steps.get(phase_name, 0))
-            except KeyboardInterrupt:
-                self._noted.append(signal.SIGINT)
-            return not self._noted
+            except BaseException as error:
+                self.raised = error
+            return self.raised is None and not self._noted
 
         def phase_finish(self, phase_name: str) -> None:
             self._steps.pop(phase_name, None)

@@ -84,10 +84,14 @@ def test_ctrl_c_does_not_keep_a_process_from_ending(monkeypatch):
         join(timeout)
 
     monkeypatch.setattr(running._process, "join", joined)
-    running.stop()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts behind itself
+    try:
+        running.stop()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     join(60)
     assert not running._process.is_alive()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_process_ends_silently_when_nobody_waits_for_its_answer(python):

@@ -439,13 +439,26 @@ def test_ctrl_c_within_the_builder_is_not_swallowed(compile_small, tmp_path, mon
 
 
 @pytest.mark.usefixtures("one_graph")
+def test_a_signal_that_nobody_raises_an_error_for_stops_the_build_all_the_same(compile_small, tmp_path):
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        with pytest.raises(EngineError, match="was interrupted by signal 15"):
+            compile_small(progress=lambda what, done, total: signal.raise_signal(signal.SIGTERM))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert set(heard) == {signal.SIGTERM} and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("one_graph")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
 @pytest.mark.parametrize("when", ["compiling mask_ratio", "hashing", "writing weights"])
-def test_an_interruption_leaves_nothing_behind_and_the_next_build_works(compile_small, tmp_path, when):
+def test_an_interruption_leaves_nothing_behind_and_the_next_build_works(compile_small, tmp_path, when, error):
     def interrupted(what, done, total):
         if what.startswith(when):
-            raise KeyboardInterrupt
+            raise error
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error):
         compile_small(progress=interrupted)
     assert list(tmp_path.iterdir()) == []
     assert compile_small().engines == ("tensorrt",)
