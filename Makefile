@@ -11,6 +11,7 @@ KERNELS := $(if $(filter Linux-x86_64,$(shell uname -s -m | tr ' ' -)),kernels)
 demo: .venv/installed
 	$(BIN)/bar-edge demo -o demo-output --force
 
+# at most 4 processes: each loads PyTorch and makes models of its own
 test: .venv/installed lint $(KERNELS)
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 

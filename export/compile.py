@@ -168,7 +168,7 @@ class Builder:
         if monitor.raised is not None:
             raise monitor.raised
         if plan is None and noted:
-            raise EngineError(f"{what}: {self._name} was interrupted by signal {noted[0]}")
+            raise EngineError(f"{what}: {self._name} was interrupted by signal {noted[0]}; start it again")
         if plan is None:
             tail = " | ".join(self._log.lines) or "it said nothing"
             raise EngineError(f"{what}: {self._name} could not build an engine; the end of its log: {tail}")
