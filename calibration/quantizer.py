@@ -63,7 +63,9 @@ class Timing:
         if self.graph == "prefix":
             outcome = "goes with the trunk, whose layers it shares"
         measured = f"{self.quantized * 1e3:.1f} ms against {self.fp32 * 1e3:.1f} ms"
-        return f"{self.graph}: {ratio:.2f} x fp32 ({measured}), {outcome}"
+        other = {"trunk": "head", "head": "trunk"}.get(self.graph)
+        whole = "" if other is None else f" for a token with its {other} in fp32"
+        return f"{self.graph}: {ratio:.2f} x fp32 ({measured}{whole}), {outcome}"
 
 
 def quantize_bundle(
