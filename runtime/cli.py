@@ -7,6 +7,7 @@ import json
 import math
 import shlex
 import sys
+import time
 from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +32,7 @@ app = typer.Typer(
 out = Console(soft_wrap=True, width=redirected_width(), markup=False)
 _MOST_IMAGES = 2**32 - 1  # of a seed
 _SHEET_IMAGES = 100  # on a contact sheet, which holds them in memory
+_LINE_SECONDS = 60.0  # between lines of progress in a log
 
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
@@ -578,9 +580,10 @@ def main() -> None:
 
 
 class _Bar:
-    """One progress line that changes its description; silent where stderr is not a terminal."""
+    """One progress line that changes its description; where stderr is not a terminal, a line a minute."""
 
     def __init__(self) -> None:
+        self._next_line = time.monotonic() + _LINE_SECONDS
         self._progress = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal,
@@ -600,6 +603,9 @@ class _Bar:
             self._progress.reset(self._task, description=what, total=total)
             self._what = what
         self._progress.update(self._task, completed=done, total=total)
+        if not err.is_terminal and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + _LINE_SECONDS
+            err.print(f"{what}: {int(done):,} of {total:,}", markup=False, highlight=False)
 
 
 def _progress() -> _Bar:

@@ -1,6 +1,8 @@
 """The command: what each verb writes and prints, exit codes, and one sentence for every mistake."""
 
+import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import time
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,6 +149,20 @@ def test_generate_prints_nothing_but_json_when_asked(patch1, tmp_path):
     assert facts["images"] == [str(tmp_path / "out" / "00000.png")]
     assert Path(facts["sheet"]).is_file()
     assert facts["settings"]["guidance"] == patch1.checkpoint.recipe.guidance
+
+
+def test_a_log_gets_a_line_of_progress_a_minute(patch1, tmp_path, monkeypatch):
+    arguments = ("generate", patch1.bundle.path, "--class", 3, "--seed", 5, "-o")
+    assert run(*arguments, tmp_path / "quick").stderr == ""
+    clock = itertools.count(step=25.0)  # seconds between two reports
+    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    lines = run(*arguments, tmp_path / "slow").stderr.splitlines()
+    assert {re.sub(r"\d+(,\d{3})*", "N", line) for line in lines} == {
+        "verifying: N of N",
+        "images N-N of N, tokens: N of N",
+    }
+    tokens = [int(line.split()[-3]) for line in lines if "tokens" in line]
+    assert 3 <= len(tokens) <= 8 and tokens == sorted(set(tokens))  # of 16
 
 
 def test_generate_without_a_class(patch1, tmp_path):
