@@ -150,9 +150,10 @@ DEVICES: dict[str, Device] = {
                 "memory": "MemTotal of the machine, 2026-11-24",
                 "bandwidth": "measured: median of the memory readings in benchmarks/results/products.json; not fitted",
                 "rates": "int8-weight, int4-weight measured: 16 rows of the head's layers in products.json; fp32, int8 "
-                "fitted to the two decoders in cpu_bar_b_image.json",
-                "elementwise, phase": "fitted together to the nine token medians in cpu_bar_b_*.json",
-                "fixed": "fitted to the peak memory of the two runs at batch 1 (56 MB after import, the rest sessions)",
+                "fitted to two decoders of earlier runs",
+                "elementwise, phase": "fitted together to nine token medians of earlier runs",
+                "fixed": "fitted to the peak memory of two earlier runs (56 MB after import, the rest sessions)",
+                "earlier runs": "of BAR-B at batch 1 and 8 on 2026-11-24, cpu_bar_b_*.json in commit 1bf553d",
             },
             {"cpu": "AMD EPYC", "cores": 2},
         ),

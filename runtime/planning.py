@@ -15,7 +15,7 @@ from bar_edge.runtime.devices import Device
 from bar_edge.runtime.engines.onnxruntime import DECODE_IMAGES, MODULATION_BYTES, PREFIX_ROWS, UNCONDITIONAL_BYTES
 from bar_edge.runtime.errors import RequestError
 from bar_edge.runtime.spec import DECODER_HEADS
-from bar_edge.runtime.workload import Layer, Workload, stored
+from bar_edge.runtime.workload import Layer, Workload
 
 USABLE_MEMORY = 0.9  # of the device's; the rest is left to the system, nominal
 
@@ -191,8 +191,8 @@ class BatchCost:
         return Cost(waiting=phases * self._device.phase_seconds)
 
 
-def memory_bytes(workload: Workload, device: Device, batch: int, *, decoded: bool = True) -> int:
-    """Peak memory of a batch. Without `decoded`, of sampling alone: the decoder is never loaded."""
+def memory_bytes(workload: Workload, device: Device, batch: int) -> int:
+    """Peak memory of a batch."""
     spec = workload.spec
     sizes = _Sizes(workload, device, batch)
     prefix = min(sizes.classes, PREFIX_ROWS)
@@ -205,8 +205,6 @@ def memory_bytes(workload: Workload, device: Device, batch: int, *, decoded: boo
         + _TABLE_COPIES * tables
         + prefix * prefix_positions * sizes.modulation_bytes  # the prefix's own rows of the table
     )
-    if not decoded:
-        return held + sampling - stored(workload.decoder)
     positions = 1 + spec.image_seq_len
     values = positions * 8 * workload.decoder_width + positions**2 * DECODER_HEADS  # widest layer in and out; scores
     return held + sampling + min(batch, DECODE_IMAGES) * values * device.activation_bytes(workload.precision)

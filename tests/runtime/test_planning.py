@@ -1,5 +1,6 @@
 """Plans: what is counted, what is predicted, and how far that is from everything measured."""
 
+import itertools
 import json
 import math
 import statistics
@@ -18,7 +19,7 @@ from bar_edge.runtime.cli import app
 from bar_edge.runtime.devices import DEVICES, Device, device_of, find_device
 from bar_edge.runtime.engines.onnxruntime import DECODE_IMAGES, MODULATION_BYTES, PREFIX_ROWS
 from bar_edge.runtime.errors import RequestError
-from bar_edge.runtime.plan_accuracy import PEAK_MEMORY, TARGET, deviations
+from bar_edge.runtime.plan_accuracy import PEAK_MEMORY, TARGET, Deviation, deviations
 from bar_edge.runtime.plan_tables import PROJECTION
 from bar_edge.runtime.planning import (
     USABLE_MEMORY,
@@ -40,11 +41,12 @@ FREE = replace(  # a device on which nothing takes time: tests give it the one t
     CPU, bandwidth=math.inf, rates=dict.fromkeys(CPU.rates, math.inf), elementwise_bandwidth=math.inf, phase_seconds=0.0
 )
 
-# the only ones off target: a single sample of a stage whose repeats in cpu_bar_b_batch1.json differ by a factor of 3
+# the only ones off target (docs/planning.md says why)
 MISSES = {
-    ("cpu_bar_b_image.json", INT8, "first_token"),
-    ("cpu_bar_b_image.json", INT4_WEIGHT, "first_token"),
-    ("cpu_bench_bar_b.json", INT8, "first_token"),
+    ("cpu_bench_bar_b.json", INT8, 1, "first_token"),
+    ("cpu_bench_bar_b_patch4.json", INT8, 1, "token"),
+    ("cpu_bench_bar_b_patch4.json", INT8, 1, "decode"),
+    ("cpu_scaling_batch64.json", INT8, 64, "token"),
 }
 
 
@@ -126,24 +128,34 @@ def test_weight_only_variants_are_static_int8_where_there_are_many_rows():
 # -- what is predicted -------------------------------------------------------------------------------------------------
 
 
-def test_every_measured_figure_is_within_the_target():
-    found = deviations(RESULTS, VARIANTS["bar_b"], CPU)
-    assert {one.stage for one in found} == {"token", "first_token", "decode", "image", PEAK_MEMORY}
-    assert {one.precision for one in found} == {FP32, INT8, INT4_WEIGHT}
-    assert {one.batch for one in found} == {1, 8}
-    assert {(one.file, one.precision, one.stage) for one in found if abs(one.error) > TARGET} == MISSES
+@pytest.fixture(scope="module")
+def found() -> dict[str, list[Deviation]]:
+    """What is found of every published variant."""
+    return {name: deviations(RESULTS, variant, CPU) for name, variant in VARIANTS.items()}
 
 
-def test_the_documents_table_is_what_is_found_today():
+def test_every_measured_figure_is_within_the_target(found):
+    every = list(itertools.chain.from_iterable(found.values()))
+    assert {one.stage for one in every} == {"token", "first_token", "decode", "image", PEAK_MEMORY}
+    assert {one.precision for one in every} == {FP32, INT8, INT4_WEIGHT}
+    assert {one.batch for one in every} == {1, 2, 8, 32, 64}
+    assert {(one.file, one.precision, one.batch, one.stage) for one in every if abs(one.error) > TARGET} == MISSES
+
+
+def test_the_documents_table_is_what_is_found_today(found):
     page = (RESULTS.parents[1] / "docs" / "planning.md").read_text()
     lines = [line for line in page.splitlines() if line.startswith("| `cpu_")]
     rows = [[cell.strip(" `*") for cell in line.split("|")[1:-1]] for line in lines]
-    told = {(file, precision, int(batch), figure): error for file, precision, batch, figure, *_, error in rows}
-    found = {
-        (one.file, one.precision, one.batch, one.stage.replace("_", " ")): f"{one.error:+.1%}"
-        for one in deviations(RESULTS, VARIANTS["bar_b"], CPU)
-    }
-    assert told == found
+    told = [
+        (file, model, precision, int(batch), stage, error) for file, model, precision, batch, stage, *_, error in rows
+    ]
+    today = [
+        (one.file, name, one.precision, one.batch, one.stage.replace("_", " "), f"{one.error:+.1%}")
+        for name, those in found.items()
+        for one in those
+    ]
+    assert told == today
+    assert f"{len(today) - len(MISSES)} of {len(today)} within 25 %" in page
 
 
 def test_the_cpus_constants_are_those_of_the_files_they_cite():
@@ -296,15 +308,8 @@ def test_memory_is_all_that_is_held_at_once(batch):
     chunk = MODULATION_BYTES // (one * batch)
     tables = 3 * max((batch + 1) * 32, chunk * batch) * one + min(batch + 1, PREFIX_ROWS) * 32 * one
     held = 10**9 + work.stored_bytes + 288 * one  # the unconditional table
-    assert memory_bytes(work, device, batch, decoded=False) == held + cache + tables - workload.stored(work.decoder)
     decoding = min(batch, DECODE_IMAGES) * 4 * (257 * 8 * 1024 + 16 * 257**2)
     assert memory_bytes(work, device, batch) == held + cache + tables + decoding
-
-
-def test_memory_of_sampling_alone_leaves_the_decoder_out():
-    work = bar_b()
-    difference = memory_bytes(work, CPU, 1) - memory_bytes(work, CPU, 1, decoded=False)
-    assert difference > sum(layer.bytes for layer in work.decoder)
 
 
 # -- devices -----------------------------------------------------------------------------------------------------------
@@ -332,7 +337,7 @@ def test_a_device_without_a_precision_refuses_it():
 
 
 def test_devices_are_found_by_name_and_by_the_machine_of_a_result():
-    machine = json.loads((RESULTS / "cpu_bar_b_image.json").read_text())["machine"]
+    machine = json.loads((RESULTS / "cpu_bench_bar_b.json").read_text())["machine"]
     assert device_of(machine) is CPU is find_device("epyc-2core")
     assert device_of({**machine, "cores": 64}) is None
     with pytest.raises(RequestError, match="unknown device 'tpu'; choose one of orin, "):
@@ -345,7 +350,7 @@ def test_devices_are_found_by_name_and_by_the_machine_of_a_result():
 @pytest.fixture
 def result(tmp_path):
     """A folder with one result, changed by what a test asks for."""
-    report = json.loads((RESULTS / "cpu_bar_b_batch1.json").read_text())
+    report = json.loads((RESULTS / "cpu_bench_bar_b.json").read_text())
 
     def write(change=lambda report: None) -> Path:
         change(report)
@@ -358,37 +363,43 @@ def result(tmp_path):
 def test_errors_are_relative_to_the_median(result):
     def twice(report):
         for entry in report["contenders"]:
-            entry["stages"].get("token", {})["median"] = 2 * predicted[entry["name"]]
+            if entry["kind"] == "bundle":
+                entry["batches"][0]["token"]["p50"] = 2 * predict(bar_b(entry["precision"]), CPU, 1).token.seconds
 
-    predicted = dict.fromkeys(("pytorch float32", "pytorch bfloat16", "memory"), 1.0)
-    predicted |= {
-        one.bundle: one.predicted for one in deviations(result(), VARIANTS["bar_b"], CPU) if one.stage == "token"
-    }
     found = [one for one in deviations(result(twice), VARIANTS["bar_b"], CPU) if one.stage == "token"]
     assert [one.error for one in found] == pytest.approx([-0.5] * 3)
 
 
 def test_contenders_that_failed_and_files_of_other_kinds_are_passed_over(result):
     def fail(report):
-        entry = next(entry for entry in report["contenders"] if entry["name"] == "bar_b-int8")
-        del entry["stages"]
-        entry["error"] = "out of memory"
+        next(entry for entry in report["contenders"] if entry["precision"] == INT8 and entry["kind"] == "bundle").pop(
+            "batches"
+        )
 
     folder = result(fail)
     (folder / "other.json").write_text("[1, 2]")
-    (folder / "quality.json").write_text(json.dumps({"machine": {}, "fp32": {}}))
+    machine = {"cpu": "AMD EPYC", "cores": 2}
+    (folder / "quality.json").write_text(json.dumps({"machine": machine, "fp32": {}}))
+    (folder / "compiling.json").write_text(json.dumps({"machine": machine, "runs": [{"seconds": 3.0}]}))
     assert {one.precision for one in deviations(folder, VARIANTS["bar_b"], CPU)} == {FP32, INT4_WEIGHT}
 
 
-def test_a_bundle_of_unknown_precision_is_refused(result):
-    folder = result(lambda report: report["summary"]["bundles"]["bar_b-int8"].update(bytes_per_token=10**9))
-    with pytest.raises(RequestError, match="bar_b-int8 reads 1,000,000,000 bytes a token, which no precision of bar_b"):
-        deviations(folder, VARIANTS["bar_b"], CPU)
+def test_runs_of_scaling_count_on_all_cores(tmp_path):
+    report = json.loads((RESULTS / "cpu_scaling_threads.json").read_text())
+    (tmp_path / "scaling.json").write_text(json.dumps(report))
+    assert {run["threads"] for run in report["runs"]} == {1}
+    with pytest.raises(RequestError, match="no latency result of bar_b on epyc-2core"):
+        deviations(tmp_path, VARIANTS["bar_b"], CPU)
+    report["runs"][0]["threads"] = 2
+    (tmp_path / "scaling.json").write_text(json.dumps(report))
+    token, image, memory = deviations(tmp_path, VARIANTS["bar_b"], CPU)
+    assert (token.samples, image.samples, memory.samples) == (255, 1, 1)
+    assert image.predicted == predict(bar_b(token.precision), CPU, 1).image_seconds
 
 
 def test_results_of_another_machine_or_variant_do_not_count(result):
     with pytest.raises(RequestError, match="no latency result of bar_l on epyc-2core"):
-        deviations(RESULTS, VARIANTS["bar_l"], CPU)
+        deviations(result(), VARIANTS["bar_l"], CPU)
     with pytest.raises(RequestError, match="no latency result of bar_b on orin"):
         deviations(RESULTS, VARIANTS["bar_b"], DEVICES["orin"])
     with pytest.raises(RequestError, match="no latency result of bar_b on epyc-2core"):
@@ -428,10 +439,9 @@ def test_plan_prints_json():
     assert len(facts["deviations"]) == len(deviations(RESULTS, VARIANTS["bar_b"], CPU))
 
 
-def test_plan_counts_its_errors():
-    printed = run("bar_b", "--device", "epyc-2core", "--against", RESULTS).stdout
-    found = deviations(RESULTS, VARIANTS["bar_b"], CPU)
-    assert f"{len(found) - len(MISSES)} of {len(found)} measured figures within 25%" in printed
+def test_plan_counts_its_errors(found):
+    printed = run("bar_l", "--device", "epyc-2core", "--against", RESULTS).stdout
+    assert f"{len(found['bar_l'])} of {len(found['bar_l'])} measured figures within 25%" in printed
 
 
 def test_plan_reads_a_bundle(small):
