@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from bar_edge.benchmarks.profiles import STAGES
 
@@ -168,6 +168,7 @@ def _throughput(rows: Sequence[Row], colours: Mapping[str, str]) -> Figure:
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.minorticks_off()
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     _plain(axes.yaxis)
     axes.set_xlabel("images drawn together")
     axes.set_ylabel("images per second, logarithmic")

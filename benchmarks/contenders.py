@@ -234,9 +234,15 @@ class Machine:
         self._matrix = np.ones((matrix, matrix), dtype=np.float32)
 
     def bytes_per_second(self) -> float:
-        """A reduction over a buffer far larger than any cache, one slice a thread."""
+        """The fastest of some reductions over a buffer far larger than any cache, one slice a thread.
+
+        Which of the two is faster depends on the processor, and one pass may meet cores that still wake up.
+        """
+        return max(self._read(reduction) for _ in range(3) for reduction in (np.bitwise_or, np.maximum))
+
+    def _read(self, reduction: np.ufunc) -> float:
         begin = time.perf_counter()
-        list(self._pool.map(np.bitwise_or.reduce, self._buffer))  # 64 GB/s where a dot product reached 32
+        list(self._pool.map(reduction.reduce, self._buffer))
         return self._buffer.nbytes / (time.perf_counter() - begin)
 
     def flops_per_second(self) -> float:

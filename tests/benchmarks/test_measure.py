@@ -1,14 +1,17 @@
 """The harness: contenders in processes of their own, failures told apart, files written whole."""
 
+import itertools
 import json
 import os
 import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bar_edge.benchmarks import measure
+from bar_edge.benchmarks.contenders import Machine
 from bar_edge.benchmarks.machine import machine, versions
 from bar_edge.benchmarks.measure import Contender, ContenderError, Worker, peak_rss_bytes, save, stamp
 
@@ -34,6 +37,13 @@ def test_methods_run_in_another_process(worker):
     assert worker.call("bytes_per_second") > 0
     assert worker.call("flops_per_second") > 0
     assert worker.load_seconds > 0
+
+
+@pytest.mark.parametrize("faster", [np.bitwise_or, np.maximum], ids=lambda reduction: reduction.__name__)
+def test_memory_is_read_as_fast_as_the_faster_reduction_at_its_fastest(monkeypatch, faster):
+    rates = {True: iter([1.0, 9.0, 3.0]), False: itertools.repeat(2.0)}
+    monkeypatch.setattr(Machine, "_read", lambda self, reduction: next(rates[reduction is faster]))
+    assert Machine(threads=1, mebibytes=1, matrix=8).bytes_per_second() == 9
 
 
 def test_a_failed_call_tells_why_and_the_contender_lives_on(worker):

@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import itertools
 import re
 import shutil
 import subprocess
@@ -53,6 +54,17 @@ def test_every_contender_chart_and_proof_is_on_the_page(measured, figures, text)
     assert text.count("<svg") == len(figures)
     assert "failed: batch 1" in text
     assert len(re.findall("data:image/png", text)) == 7  # two of each that was timed, one of the one that failed
+
+
+def test_throughputs_within_a_decade_can_be_read_from_the_axis(measured):
+    report = copy.deepcopy(measured[0])
+    images_per_second = itertools.cycle((0.013, 0.035, 0.07))
+    for entry in report["contenders"]:
+        for batch in entry.get("batches", ()):
+            batch["images_per_second"] = next(images_per_second)
+    (axes,) = charts.draw(report)["throughput"].axes
+    low, high = axes.get_ylim()
+    assert {0.02, 0.05} <= {tick for tick in axes.get_yticks() if low <= tick <= high}
 
 
 def test_dollars_in_names_are_no_formulas(measured):
