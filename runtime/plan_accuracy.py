@@ -43,17 +43,15 @@ def deviations(folder: Path, variant: Variant, device: Device) -> list[Deviation
     """All results of a variant on a device, in the order of their files.
 
     Files of other kinds, and what was measured beside the bundles, are passed over. Raises RequestError if nothing is
-    left.
+    left, or for a damaged file.
     """
     if not folder.is_dir():
         raise RequestError(f"{folder}: no such folder; give one of result files")
     found: list[Deviation] = []
     for file in sorted(folder.glob("*.json")):
-        report = _read(file)
-        if device_of(report.get("machine", {})) is device:
-            for measured in (*_of_bench(report, variant), *_of_scaling(report, variant)):
-                if measured.precision in device.rates:
-                    found += _beside(file.name, measured, variant, device)
+        for measured in _read(file, variant, device):
+            if measured.precision in device.rates:
+                found += _beside(file.name, measured, variant, device)
     if not found:
         raise RequestError(
             f"{folder}: has no latency result of {variant.name} on {device.name}; point --against to a folder of "
@@ -62,20 +60,29 @@ def deviations(folder: Path, variant: Variant, device: Device) -> list[Deviation
     return found
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        report = json.loads(file.read_text())
-    except ValueError as error:
-        raise RequestError(f"{file}: is not JSON ({error}); measure again") from error
-    return report if isinstance(report, dict) else {}
-
-
 @dataclass(frozen=True)
 class _Measured:
     bundle: str
     precision: str
     batch: int
     figures: Mapping[str, tuple[int, float]]  # samples and median
+
+
+def _read(file: Path, variant: Variant, device: Device) -> list[_Measured]:
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{file}: is not JSON ({error}); measure again") from error
+    if not isinstance(report, dict):
+        return []
+    try:
+        if device_of(report.get("machine", {})) is not device:
+            return []
+        return [*_of_bench(report, variant), *_of_scaling(report, variant)]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise RequestError(
+            f"{file}: not a whole result file ({type(error).__name__}: {error}); measure again, or move it elsewhere"
+        ) from error
 
 
 def _of_bench(report: dict[str, Any], variant: Variant) -> Iterator[_Measured]:

@@ -414,6 +414,25 @@ def test_a_folder_that_is_not_there_and_a_damaged_result_are_named(tmp_path):
         deviations(tmp_path, VARIANTS["bar_b"], CPU)
 
 
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"machine": "AMD EPYC"},
+        {"settings": "bar_b"},
+        {"settings": {"variant": "bar_b"}},
+        {"settings": {"variant": "bar_b"}, "contenders": [{"kind": "bundle", "batches": [{"token": 3}]}]},
+        {"runs": {"bar_b": 3}},
+        {"runs": [{"variant": "bar_b", "threads": 2}]},
+    ],
+    ids=str,
+)
+def test_a_result_of_which_parts_are_missing_is_named(tmp_path, left):
+    machine = {"cpu": "AMD EPYC", "cores": 2}
+    (tmp_path / "part.json").write_text(json.dumps({"machine": machine, **left}))
+    with pytest.raises(RequestError, match=r"part\.json: not a whole result file \(.*\); measure again"):
+        deviations(tmp_path, VARIANTS["bar_b"], CPU)
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
@@ -440,8 +459,10 @@ def test_plan_prints_json():
 
 
 def test_plan_counts_its_errors(found):
-    printed = run("bar_l", "--device", "epyc-2core", "--against", RESULTS).stdout
-    assert f"{len(found['bar_l'])} of {len(found['bar_l'])} measured figures within 25%" in printed
+    printed = run("bar_b", "--device", "epyc-2core", "--against", RESULTS).stdout
+    errors = [abs(one.error) for one in found["bar_b"]]
+    assert max(errors) > TARGET
+    assert f"{sum(error <= TARGET for error in errors)} of {len(errors)} measured figures within 25%" in printed
 
 
 def test_plan_reads_a_bundle(small):
