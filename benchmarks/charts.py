@@ -86,7 +86,7 @@ def _latency(rows: Sequence[Row], colours: Mapping[str, str]) -> Figure:
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     axes.set_xlim(low, high * (high / low) ** 0.12)  # room for the labels
-    _plain(axes.xaxis)
+    _plain(axes.xaxis, steps=(1, 2, 5))
     axes.set_xlabel("seconds per image, logarithmic; dots: runs, bar: p50 to p90, tick and number: p50")
     axes.set_title("Latency of whole images" + ("  (contender · batch size)" if _several(rows) else ""), loc="left")
     return figure
@@ -168,8 +168,7 @@ def _throughput(rows: Sequence[Row], colours: Mapping[str, str]) -> Figure:
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.minorticks_off()
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    _plain(axes.yaxis)
+    _plain(axes.yaxis, steps=(1, 2, 5))
     axes.set_xlabel("images drawn together")
     axes.set_ylabel("images per second, logarithmic")
     axes.set_title("Throughput against batch size", loc="left")
@@ -177,9 +176,10 @@ def _throughput(rows: Sequence[Row], colours: Mapping[str, str]) -> Figure:
     return figure
 
 
-def _plain(*scales: Axis) -> None:
-    """Numbers instead of powers of ten."""
+def _plain(*scales: Axis, steps: Sequence[int] = (1,)) -> None:
+    """Numbers instead of powers of ten, at these steps of every decade."""
     for scale in scales:
+        scale.set_major_locator(LogLocator(subs=steps))
         scale.set_major_formatter("{x:g}")
         scale.set_minor_formatter(NullFormatter())
 

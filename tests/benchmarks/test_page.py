@@ -6,6 +6,7 @@ import itertools
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from html.parser import HTMLParser
 
 import pytest
@@ -56,15 +57,23 @@ def test_every_contender_chart_and_proof_is_on_the_page(measured, figures, text)
     assert len(re.findall("data:image/png", text)) == 7  # two of each that was timed, one of the one that failed
 
 
-def test_throughputs_within_a_decade_can_be_read_from_the_axis(measured):
+def test_figures_within_a_decade_can_be_read_from_the_axis(measured):
     report = copy.deepcopy(measured[0])
-    images_per_second = itertools.cycle((0.013, 0.035, 0.07))
+    rates = itertools.cycle((0.013, 0.035, 0.07))
     for entry in report["contenders"]:
         for batch in entry.get("batches", ()):
-            batch["images_per_second"] = next(images_per_second)
-    (axes,) = charts.draw(report)["throughput"].axes
-    low, high = axes.get_ylim()
-    assert {0.02, 0.05} <= {tick for tick in axes.get_yticks() if low <= tick <= high}
+            rate = batch["images_per_second"] = next(rates)
+            batch["image"] = {"samples": [1 / rate] * 2, "count": 2} | dict.fromkeys(
+                ("min", "p50", "p90", "max"), 1 / rate
+            )
+    figures = charts.draw(report)
+    (throughput,), (latency,) = figures["throughput"].axes, figures["latency"].axes
+    assert {0.02, 0.05} <= _within(throughput.get_yticks(), throughput.get_ylim())
+    assert {20, 50} <= _within(latency.get_xticks(), latency.get_xlim())
+
+
+def _within(ticks: Sequence[float], limits: tuple[float, float]) -> set[float]:
+    return {tick for tick in ticks if limits[0] <= tick <= limits[1]}
 
 
 def test_dollars_in_names_are_no_formulas(measured):
