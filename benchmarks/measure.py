@@ -187,7 +187,7 @@ def _uninterrupted() -> Iterator[None]:
 
 def _serve(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
-    with suppress(EOFError, BrokenPipeError):  # who asked has gone
+    with suppress(EOFError, ConnectionError):  # who asked has gone, with an answer unread or not
         _answer_all(pipe)
 
 

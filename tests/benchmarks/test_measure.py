@@ -19,7 +19,7 @@ ABANDON = """
 from bar_edge.benchmarks.measure import Contender, Worker
 if __name__ == "__main__":
     running = Worker(Contender("event", "threading:Event"), threads=1)
-    running.begin("wait", 1)
+    running.begin(BEGIN)
     running.stop()
 """
 MACHINE = "bar_edge.benchmarks.contenders:Machine"
@@ -104,8 +104,11 @@ def test_ctrl_c_does_not_keep_a_process_from_ending(monkeypatch):
     assert not running._process.is_alive()
 
 
-def test_a_process_ends_silently_when_nobody_waits_for_its_answer(python):
-    done = python(ABANDON)
+@pytest.mark.parametrize(
+    "begin", ['"wait", 1', '"is_set"); running._pipe.poll(60'], ids=["before it has one", "with one that nobody read"]
+)
+def test_a_process_ends_silently_when_nobody_waits_for_its_answer(python, begin):
+    done = python(ABANDON.replace("BEGIN", begin))
     assert done.returncode == 0 and done.stderr == ""
 
 
